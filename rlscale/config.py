@@ -1,0 +1,256 @@
+"""The one typed configuration tree. Every default lives here, next to the sentence that explains it.
+
+Unknown keys and impossible values are errors that name the key and the remedy. `RunConfig` describes one
+training run, `SweepConfig` a grid of runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from rlscale.errors import UserError
+
+Architecture = Literal["hybrid", "mla"]
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    preset: Literal["tiny", "small", "48b-a3b"] = "tiny"
+    """Shape of the hybrid; `architecture: mla` trains its full-MLA twin, matched in parameters."""
+    overrides: dict[str, Any] = {}
+    """Fields of the preset to replace, by their KimiLinearConfig names, e.g. {hidden_size: 256}."""
+    checkpoint: Path | None = None
+    """Folder in the released format to start from, instead of random weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations of learner and rollout; KDA states are float32 always."""
+
+
+class TaskConfig(Section):
+    name: str = "reversal"
+    """A task of `rlscale tasks`, or `reasoning_gym/NAME` for a reasoning-gym dataset."""
+    required_length: int = Field(32, ge=1)
+    """Length of the right answer in tokens. Apart from the budget, `rollout.max_tokens`."""
+    options: dict[str, Any] = {}
+    """The task's own knobs, as `rlscale tasks NAME` lists them."""
+    reward: Literal["exact", "prefix"] = "exact"
+    """exact: 1 for the right answer, else 0. prefix: the fraction of the answer that is right before the
+    first error. Held-out pass rates are exact under both."""
+
+
+class WarmStartConfig(Section):
+    """Supervised training on generated solutions, the same data for both architectures, before RL starts."""
+
+    target_pass_rate: float = Field(0.4, ge=0, lt=1)
+    """Stop at this held-out pass rate; 0 skips the warm start."""
+    max_steps: int = Field(2000, ge=1)
+    """Fail with an error when the target is not reached by then."""
+    batch_size: int = Field(64, ge=1)
+    """Solutions per step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """AdamW's, after a short linear warm-up."""
+    evaluate_every: int = Field(50, ge=1)
+    """Steps between two looks at the pass rate."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "reference"] = "vllm"
+    """reference: token by token on the training model, for tests and for debugging."""
+    workers: int = Field(1, ge=1)
+    """Ray actors with an engine each."""
+    prompts_per_step: int = Field(16, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    """Completions per prompt, the group that an advantage is measured against."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Budget of a completion in tokens; default: the required length plus the end-of-sequence token."""
+    temperature: float = Field(1.0, gt=0)
+    max_num_seqs: int = Field(128, ge=1)
+    """Completions that one engine generates at the same time."""
+    cache_gib: float = Field(1.0, gt=0)
+    """Memory for one engine's latent cache and recurrent states (CPU engines)."""
+    num_cpus: float = Field(1, gt=0)
+    """CPUs that Ray reserves for a worker, and the threads it computes with."""
+    num_gpus: float = Field(0, ge=0)
+
+
+class GRPOConfig(Section):
+    """Group Relative Policy Optimization (arXiv:2402.03300), with the token-mean loss of DAPO
+    (arXiv:2503.14476) and no KL term."""
+
+    kind: Literal["grpo"] = "grpo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    """Asymmetric clipping of the importance ratio to [1 - clip_low, 1 + clip_high]."""
+    scale_by_std: bool = True
+    """Divide the centred rewards by their group's standard deviation (GRPO) or not (Dr. GRPO)."""
+
+
+# A union with one member so far: `kind` tells the members apart, so a config written today stays valid.
+AlgorithmConfig = GRPOConfig
+
+
+class LearnerConfig(Section):
+    workers: Literal[1] = 1
+    """Ray actors that share the gradient."""
+    learning_rate: float = Field(3e-4, gt=0)
+    warmup_steps: int = Field(5, ge=0)
+    """Steps of linear warm-up from 0; constant afterwards."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    updates_per_step: int = Field(1, ge=1)
+    """Optimizer steps that one batch of rollouts is cut into."""
+    tokens_per_micro_batch: int = Field(8192, ge=1)
+    """Token budget of one packed forward and backward pass."""
+    gradient_checkpointing: bool = False
+    num_cpus: float = Field(1, gt=0)
+    """CPUs that Ray reserves for the worker, and the threads it computes with."""
+    num_gpus: float = Field(0, ge=0)
+
+
+class EvaluationConfig(Section):
+    every: int = Field(10, ge=1)
+    """Steps between two held-out evaluations; the first and the last step are always evaluated."""
+    prompts: int = Field(64, ge=1)
+    samples_per_prompt: int = Field(2, ge=1)
+    """Completions per held-out prompt, sampled at the training temperature."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(20, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = Field(1, ge=1)
+    """Newest checkpoints that stay on disk."""
+
+
+class RunConfig(Section):
+    """One training run: an architecture, a task at one required length, a budget and a seed."""
+
+    architecture: Architecture = "hybrid"
+    """hybrid: KDA and MLA as the preset says. mla: its full-MLA twin."""
+    seed: int = Field(0, ge=0)
+    steps: int = Field(100, ge=1)
+    """RL steps: generate, score, train, sync."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = GRPOConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a completion may have, end-of-sequence included."""
+        return self.rollout.max_tokens or self.task.required_length + 1
+
+
+class SweepConfig(Section):
+    """A grid of runs: architectures x required lengths x budgets x seeds."""
+
+    architectures: list[Architecture] = Field(["hybrid", "mla"], min_length=1)
+    required_lengths: list[Annotated[int, Field(ge=1)]] = Field([32, 64], min_length=1)
+    budget_ratios: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    """Budgets as multiples of the required length; below 1 the right answer cannot be finished."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    run: RunConfig = RunConfig()
+    """What all runs share."""
+
+    @model_validator(mode="after")
+    def _axes_belong_to_the_grid(self) -> SweepConfig:
+        taken = {"architecture", "seed"} & self.run.model_fields_set
+        taken |= {"task.required_length"} if "required_length" in self.run.task.model_fields_set else set()
+        taken |= {"rollout.max_tokens"} if "max_tokens" in self.run.rollout.model_fields_set else set()
+        if taken:
+            raise ValueError(f"the grid sets {', '.join(sorted(taken))}: remove it from `run`")
+        return self
+
+    def cells(self) -> Iterator[RunConfig]:
+        """The runs of the grid, architecture outermost, so that one engine start can serve its neighbours."""
+        grid = itertools.product(self.architectures, self.required_lengths, self.budget_ratios, self.seeds)
+        for architecture, length, ratio, seed in grid:
+            yield self.run.model_copy(
+                update={
+                    "architecture": architecture,
+                    "seed": seed,
+                    "task": self.run.task.model_copy(update={"required_length": length}),
+                    "rollout": self.run.rollout.model_copy(update={"max_tokens": math.ceil(ratio * length) + 1}),
+                }
+            )
+
+
+C = TypeVar("C", RunConfig, SweepConfig)
+
+
+def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file into `kind`, with dotted overrides such as `task.required_length=64` laid over it.
+
+    Raises:
+        UserError: file missing or no YAML mapping, unknown key, impossible value, malformed override.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}: experiments/ holds ready ones") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold `key: value` lines, not a {type(tree).__name__}")
+    for override in overrides:
+        _lay_over(tree, override)
+    return parse_config(kind, tree)
+
+
+def parse_config(kind: type[C], tree: dict[str, Any]) -> C:
+    """Validates a plain mapping; the first error becomes one line that names the key and the remedy."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Union members and validators add components of their own; the user knows only the keys.
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(kind, first["loc"][:-1]))
+            raise UserError(f"unknown config key '{where}': known here are {known}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (given: {first['input']!r})" if where else ""
+        raise UserError(f"{where + ': ' if where else ''}{message}{given}") from None
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = dotted.split(".")
+    if not separator or not all(keys):
+        raise UserError(f"override '{override}' must read key=value, e.g. task.required_length=64")
+    node = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override '{override}': '{key}' holds a value, not a section")
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override '{override}': '{text}' is not a YAML value") from None
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = kind
+    for part in location:
+        field: FieldInfo | None = model.model_fields.get(str(part))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return sorted(model.model_fields)

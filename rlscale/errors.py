@@ -1,0 +1,5 @@
+"""The exception that the command line turns into one line and exit code 2."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message is one line that names the value and the remedy."""

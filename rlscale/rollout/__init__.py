@@ -1,0 +1,1 @@
+"""Rollouts: an engine interface, vLLM and a reference engine behind it, and the Ray actor that holds one."""

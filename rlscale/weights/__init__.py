@@ -1,0 +1,1 @@
+"""Weight sync from learner to rollout engines: one synchronizer, transports behind one interface."""
