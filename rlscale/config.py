@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from rlscale.errors import UserError
 
@@ -181,12 +180,13 @@ class SweepConfig(Section):
         """The runs of the grid, architecture outermost, so that one engine start can serve its neighbours."""
         grid = itertools.product(self.architectures, self.required_lengths, self.budget_ratios, self.seeds)
         for architecture, length, ratio, seed in grid:
+            budget = math.ceil(ratio * length) + 1  # the end-of-sequence token comes on top
             yield self.run.model_copy(
                 update={
                     "architecture": architecture,
                     "seed": seed,
                     "task": self.run.task.model_copy(update={"required_length": length}),
-                    "rollout": self.run.rollout.model_copy(update={"max_tokens": math.ceil(ratio * length) + 1}),
+                    "rollout": self.run.rollout.model_copy(update={"max_tokens": budget}),
                 }
             )
 
@@ -250,7 +250,7 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = kind
     for part in location:
-        field: FieldInfo | None = model.model_fields.get(str(part))
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
     return sorted(model.model_fields)

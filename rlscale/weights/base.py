@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one sync moved: the version all engines now have, bytes published once, and seconds of wall clock."""
+    """What one sync moved: the version all engines now have, bytes published once, seconds taken."""
 
     version: int
     bytes: int
