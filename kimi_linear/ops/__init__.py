@@ -1,0 +1,17 @@
+"""Kimi Delta Attention as functions on tensors: one signature for CPU and GPU."""
+
+from kimi_linear.ops.arguments import kda_gate, l2_normalize
+from kimi_linear.ops.conv import convolution_state, convolution_step, short_convolution
+from kimi_linear.ops.dispatch import chunk_kda, fused_recurrent_kda
+from kimi_linear.ops.reference import recurrent_step
+
+__all__ = [
+    "chunk_kda",
+    "convolution_state",
+    "convolution_step",
+    "fused_recurrent_kda",
+    "kda_gate",
+    "l2_normalize",
+    "recurrent_step",
+    "short_convolution",
+]
