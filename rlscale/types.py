@@ -20,12 +20,14 @@ class Sampling:
         samples: completions per prompt (the group size G of GRPO).
         temperature: 0 is greedy.
         seed: of the engine's random numbers; a completion depends on it and on its place in the request.
+        first_prompt: place of the first prompt, where a request is one part of a larger one.
     """
 
     max_tokens: int
     samples: int = 1
     temperature: float = 1.0
     seed: int | None = None
+    first_prompt: int = 0
 
 
 @dataclass(slots=True)

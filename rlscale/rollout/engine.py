@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
+from rlscale.errors import UserError
 from rlscale.types import GenerationReport, Sampling
 
 
@@ -42,3 +44,29 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Frees the engine's memory and processes; calling it twice is harmless."""
         ...
+
+
+def completion_seed(seed: int, prompt: int, sample: int) -> int:
+    """Seed of one completion's random numbers, from the request's seed and its place there; below 2**63.
+
+    Hashed, because requests of neighbouring seeds must not share streams: sample 1 of seed 7 is not sample 0 of
+    seed 8.
+    """
+    digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, context: int) -> None:
+    """Refuses what no engine can generate.
+
+    Raises:
+        UserError: a prompt is empty, or longer than `context` allows together with the budget.
+    """
+    for place, prompt in enumerate(prompts, sampling.first_prompt):
+        if not len(prompt):
+            raise UserError(f"prompt {place} has no tokens: a completion needs at least one to start from")
+        if len(prompt) + sampling.max_tokens > context:
+            raise UserError(
+                f"prompt {place} has {len(prompt)} tokens and the budget is {sampling.max_tokens}, the engine's "
+                f"context {context}: lower rollout.max_tokens or task.required_length"
+            )

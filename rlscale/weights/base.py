@@ -1,9 +1,12 @@
-"""The synchronizer's one verb, and what a transport must do for it."""
+"""The synchronizer's one verb, and the accounting that every transport and engine shares."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +35,42 @@ class WeightSynchronizer(Protocol):
     def close(self) -> None:
         """Frees what the transport holds (shared memory); calling it twice is harmless."""
         ...
+
+
+def account_for(
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Checks that `weights` are exactly the `expected` names and shapes, before any of them is loaded.
+
+    Raises:
+        ValueError: names missing, unknown or given twice, or of another shape; the message lists them.
+    """
+    given: dict[str, torch.Tensor] = {}
+    doubled, unknown, misshapen = [], [], []
+    for name, tensor in weights:
+        if name in given:
+            doubled.append(name)
+        elif name not in expected:
+            unknown.append(name)
+        elif tuple(tensor.shape) != tuple(expected[name]):
+            misshapen.append(f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name])}")
+        given[name] = tensor
+    missing = [name for name in expected if name not in given]
+    faults = [
+        f"{what} {_few(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("given twice", doubled),
+            ("misshapen", misshapen),
+        )
+        if names
+    ]
+    if faults:
+        raise ValueError(f"weights do not fit the model: {'; '.join(faults)}")
+    return given
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,59 @@
+"""Brings rollout engines to the learner's weights, whatever the transport between them."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rlscale.weights.base import SyncReport
+from rlscale.weights.shared_memory import WeightManifest
+
+
+class PublishesWeights(Protocol):
+    """The learner's side of a sync."""
+
+    def publish_weights(self, version: int) -> WeightManifest:
+        """Makes the current weights readable under `version`; replaces what was published before."""
+        ...
+
+
+class LoadsWeights(Protocol):
+    """The rollout's side of a sync."""
+
+    def load_weights(self, manifest: WeightManifest) -> list[int]:
+        """Loads the published weights into every engine, all at once, and returns each engine's version."""
+        ...
+
+
+class Synchronizer:
+    """The `WeightSynchronizer` of learner and engines that live on one machine.
+
+    How tensors travel is the manifest's affair: the learner's publisher makes it and `load_weights` of a rollout
+    worker reads it, so another transport is another manifest, not another synchronizer. Versions count up from 0
+    with each sync.
+    """
+
+    def __init__(self, learner: PublishesWeights, rollouts: LoadsWeights) -> None:
+        self._learner = learner
+        self._rollouts = rollouts
+        self._next_version = 0
+
+    def sync_weights(self) -> SyncReport:
+        """See `WeightSynchronizer.sync_weights`.
+
+        Raises:
+            ValueError: the names or shapes of the two sides differ.
+            RuntimeError: an engine did not arrive at the version.
+            UserError: no memory to publish, or a worker has died.
+        """
+        started = time.perf_counter()
+        # Counted before the attempt: a version that failed half-way must not be published with other weights.
+        version, self._next_version = self._next_version, self._next_version + 1
+        manifest = self._learner.publish_weights(version)
+        arrived = self._rollouts.load_weights(manifest)
+        if any(found != version for found in arrived):
+            raise RuntimeError(f"weight sync to version {version} left the engines at {arrived}")
+        return SyncReport(version, manifest.bytes, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Holds nothing itself: the segment belongs to the learner's publisher and ends with it."""
