@@ -1,4 +1,4 @@
-"""How much memory a process may still take: asked before large allocations, which on Linux succeed and kill."""
+"""How much memory a process may still take: ask first, because Linux grants too much and kills later."""
 
 from __future__ import annotations
 

@@ -141,8 +141,8 @@ class RolloutPool:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> GenerationReport:
         """Completions in the order of the prompts, whichever workers drew them.
 
-        What is drawn depends on the seed and a prompt's place in `prompts`, not on the number of workers (up to
-        rounding, which differs with the batch that a sequence shares).
+        What is drawn depends on the seed and a prompt's place in `prompts`, not on the number of workers
+        (up to rounding, which differs with the batch that a sequence shares).
 
         Raises:
             UserError: a prompt plus the budget exceeds the context, or a worker has died.

@@ -49,8 +49,8 @@ class RolloutEngine(Protocol):
 def completion_seed(seed: int, prompt: int, sample: int) -> int:
     """Seed of one completion's random numbers, from the request's seed and its place there; below 2**63.
 
-    Hashed, because requests of neighbouring seeds must not share streams: sample 1 of seed 7 is not sample 0 of
-    seed 8.
+    Hashed, because requests of neighbouring seeds must not share streams: sample 1 of seed 7 is not
+    sample 0 of seed 8.
     """
     digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -67,6 +67,6 @@ def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, context:
             raise UserError(f"prompt {place} has no tokens: a completion needs at least one to start from")
         if len(prompt) + sampling.max_tokens > context:
             raise UserError(
-                f"prompt {place} has {len(prompt)} tokens and the budget is {sampling.max_tokens}, the engine's "
-                f"context {context}: lower rollout.max_tokens or task.required_length"
+                f"prompt {place} has {len(prompt)} tokens and the budget is {sampling.max_tokens}, but the "
+                f"engine's context is {context}: lower rollout.max_tokens or task.required_length"
             )

@@ -1,8 +1,8 @@
 """Weights from one process to others of the same machine: written once, read in place.
 
-The segment is an anonymous memory file (memfd). Readers open it through the publisher's entry in /proc, so it has
-no name to collide, to leak or to unlink: the kernel frees it when the publisher and the last reader are gone,
-however they end. Nor does it count against /dev/shm, which containers commonly limit to 64 MiB.
+The segment is an anonymous memory file (memfd). Readers open it through the publisher's entry in /proc, so
+it has no name to collide, to leak or to unlink: the kernel frees it when the publisher and the last reader
+are gone, however they end. Nor does it count against /dev/shm, which containers commonly limit to 64 MiB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WRITING = -1  # in place of a version while tensors are being copied
 
 
 class StaleWeightsError(RuntimeError):
-    """The segment does not hold, or while it was read stopped holding, the version that its manifest promises."""
+    """The segment does not hold, or stopped holding while it was read, what its manifest promises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +139,8 @@ def open_weights(manifest: WeightManifest) -> Iterator[list[tuple[str, torch.Ten
     The views' memory stays mapped as long as they live, but its contents change with the next `publish`.
 
     Raises:
-        StaleWeightsError: the segment is gone or holds another version, when opened or at the end of the block
-            (whatever was read in between may be torn), or its contents fail the manifest's checksum.
+        StaleWeightsError: the segment is gone or holds another version, when opened or at the end of the
+            block (whatever was read in between may be torn), or its contents fail the manifest's checksum.
     """
     try:
         descriptor = os.open(manifest.segment, os.O_RDONLY)

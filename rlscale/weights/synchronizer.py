@@ -28,9 +28,9 @@ class LoadsWeights(Protocol):
 class Synchronizer:
     """The `WeightSynchronizer` of learner and engines that live on one machine.
 
-    How tensors travel is the manifest's affair: the learner's publisher makes it and `load_weights` of a rollout
-    worker reads it, so another transport is another manifest, not another synchronizer. Versions count up from 0
-    with each sync.
+    How tensors travel is the manifest's affair: the learner's publisher makes it and `load_weights` of a
+    rollout worker reads it, so another transport is another manifest, not another synchronizer. Versions
+    count up from 0 with each sync.
     """
 
     def __init__(self, learner: PublishesWeights, rollouts: LoadsWeights) -> None:
