@@ -1,0 +1,1 @@
+"""The learner: advantages, packing, policy losses and optimizer steps."""
