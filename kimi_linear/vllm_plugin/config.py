@@ -1,0 +1,100 @@
+"""What vLLM must know of a Kimi Linear config before it builds a model: how to read it, and what to refuse."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from transformers import KimiLinearConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+# Latent sizes (kv_lora_rank, qk_rope_head_dim) for which vLLM's MLA backends on the GPU have kernels.
+GPU_LATENT_SIZES = ((512, 64),)
+FULL_ATTENTION = "full_attention"
+
+
+class ServedConfig(KimiLinearConfig):
+    """`transformers.KimiLinearConfig` in place of vLLM's own class of that name.
+
+    The training model reads its config with transformers' class, which leaves defaults out of config.json; vLLM's
+    class has other defaults, so reading with it would serve another model. An absent or null `linear_attn_config`
+    with no `layer_types` means that every layer is MLA.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("linear_attn_config") is None and self.layer_types is None:
+            every_layer = list(range(1, self.num_hidden_layers + 1))
+            kwargs["linear_attn_config"] = {"kda_layers": [], "full_attn_layers": every_layer}
+        elif kwargs.get("linear_attn_config") is None:
+            kwargs.pop("linear_attn_config", None)
+        super().__post_init__(**kwargs)
+
+
+def is_sparse_layer(config: KimiLinearConfig, layer: int) -> bool:
+    """Whether the feed-forward of a layer (0-based) is a mixture of experts."""
+    return bool(config.num_experts) and config.mlp_layer_types[layer] == "sparse"
+
+
+def check_model(config: KimiLinearConfig) -> None:
+    """Raise ValueError, naming key and value, for a model that the plugin does not serve."""
+    if config.q_lora_rank is not None:
+        raise ValueError(f"q_lora_rank={config.q_lora_rank}: low-rank queries are not served; set it to null")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r}: only 'silu' is served")
+    router = getattr(config, "moe_router_activation_func", "sigmoid")
+    if router != "sigmoid":
+        raise ValueError(f"moe_router_activation_func={router!r}: only 'sigmoid' is served")
+
+
+def check_gpu_latent_size(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    """Raise ValueError for a latent size that vLLM's MLA backends have no GPU kernel for."""
+    if (kv_lora_rank, qk_rope_head_dim) not in GPU_LATENT_SIZES:
+        served = " or ".join(f"{rank} + {rope}" for rank, rope in GPU_LATENT_SIZES)
+        raise ValueError(
+            f"kv_lora_rank + qk_rope_head_dim = {kv_lora_rank} + {qk_rope_head_dim} has no MLA kernel on a GPU: "
+            f"use {served}, or serve this model on the CPU"
+        )
+
+
+class EngineChecks(VerifyAndUpdateConfig):
+    """vLLM's hook into the configuration of an engine, run once when the engine is configured."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        config = model_config.hf_config
+        check_model(config)
+        if not current_platform.is_cpu():
+            check_gpu_latent_size(config.kv_lora_rank, config.qk_rope_head_dim)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        parallel = vllm_config.parallel_config
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if (size := getattr(parallel, name)) != 1:
+                raise ValueError(
+                    f"{name}={size}: a Kimi Linear engine runs on one device; start more engines"
+                )
+        model_config, cache = vllm_config.model_config, vllm_config.cache_config
+        if model_config.is_hybrid and cache.enable_prefix_caching:
+            raise ValueError(
+                "enable_prefix_caching=True: a KDA state holds one prefix, not every prefix; set it to False"
+            )
+        if current_platform.is_cpu():
+            describe_latent_cache_as_one_head(model_config)
+
+
+def describe_latent_cache_as_one_head(model_config: "ModelConfig") -> None:
+    """Present MLA's cache to the scheduler as attention with one head of latent size.
+
+    vLLM's CPU platform turns chunked prefill off and fixes the block size at 16 for models it knows as MLA, because
+    of limits in its own CPU kernel. Ours (`kimi_linear.vllm_plugin.latent_attention`) has neither limit.
+    """
+    config = model_config.hf_config
+    model_config.model_arch_config = replace(
+        model_config.model_arch_config,
+        is_deepseek_mla=False,
+        head_size=config.kv_lora_rank + config.qk_rope_head_dim,
+        total_num_kv_heads=1,
+    )

@@ -1,0 +1,228 @@
+"""The served model: one class for the hybrid of KDA and MLA layers and for the all-MLA twin.
+
+`config.layer_types` decides: vLLM takes a model whose layers are all full attention for a plain transformer, with no
+recurrent state to manage.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+
+from kimi_linear.vllm_plugin.config import FULL_ATTENTION, KimiLinearConfig, is_sparse_layer
+from kimi_linear.vllm_plugin.delta_attention import KimiDeltaAttention, state_dtypes, state_shapes
+from kimi_linear.vllm_plugin.feed_forward import DenseMLP, SparseMoE
+from kimi_linear.vllm_plugin.latent_attention import PagedLatentAttention
+from kimi_linear.vllm_plugin.weights import (
+    InPlaceEmbedding,
+    Part,
+    keep_weights_in_place,
+    load_parts,
+    weight_map,
+)
+
+# The released model normalises its latent with this, whatever `rms_norm_eps` says.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434), without position encoding unless `mla_use_nope` is false."""
+
+    def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_dim, self.rank = config.v_head_dim, config.kv_lora_rank
+        hidden, head_dim = config.hidden_size, self.nope + self.rope
+        quant = vllm_config.quant_config
+        self.q_proj = ColumnParallelLinear(
+            hidden, self.heads * head_dim, bias=False, quant_config=quant, prefix=f"{prefix}.q_proj"
+        )
+        self.kv_a_proj_with_mqa = ReplicatedLinear(
+            hidden,
+            self.rank + self.rope,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.kv_a_proj_with_mqa",
+        )
+        self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = ColumnParallelLinear(
+            self.rank,
+            self.heads * (self.nope + self.v_dim),
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.kv_b_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            self.heads * self.v_dim, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+        )
+        keep_weights_in_place(self)
+        self.rotary = None
+        if not getattr(config, "mla_use_nope", True):
+            self.rotary = get_rope(
+                self.rope,
+                max_position=vllm_config.model_config.max_model_len,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                is_neox_style=False,
+            )
+        self.attention = self.make_attention(head_dim**-0.5, vllm_config, f"{prefix}.attention")
+
+    def make_attention(self, scale: float, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        sizes = {
+            "num_heads": self.heads,
+            "scale": scale,
+            "qk_nope_head_dim": self.nope,
+            "qk_rope_head_dim": self.rope,
+            "v_head_dim": self.v_dim,
+            "kv_lora_rank": self.rank,
+            "kv_b_proj": self.kv_b_proj,
+            "prefix": prefix,
+        }
+        if current_platform.is_cpu():
+            return PagedLatentAttention(**sizes, vllm_config=vllm_config)
+        return MLAAttention(
+            **sizes,
+            q_lora_rank=None,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """positions [T], hidden_states [T, hidden] -> [T, hidden]."""
+        q = self.q_proj(hidden_states)[0].unflatten(-1, (self.heads, -1))
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states)[0].split((self.rank, self.rope), dim=-1)
+        latent, k_rope = self.kv_a_layernorm(latent), k_rope.unsqueeze(1)
+        if self.rotary is not None:
+            q_rope, k_rope = self.rotary(positions, q[..., self.nope :].contiguous(), k_rope.contiguous())
+            q = torch.cat((q[..., : self.nope], q_rope), dim=-1)
+        shape = torch.Size((hidden_states.shape[0], self.heads * self.v_dim))
+        return self.o_proj(self.attention(q, latent, k_rope, output_shape=shape))[0]
+
+
+class DecoderLayer(nn.Module):
+    """Attention of one kind, then a feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+        super().__init__()
+        kind = LatentAttention if config.layer_types[layer] == FULL_ATTENTION else KimiDeltaAttention
+        self.self_attn = kind(config, vllm_config, f"{prefix}.self_attn")
+        if is_sparse_layer(config, layer):
+            self.block_sparse_moe = self.feed_forward = SparseMoE(
+                config, vllm_config, f"{prefix}.block_sparse_moe"
+            )
+        else:
+            self.mlp = self.feed_forward = DenseMLP(
+                config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp"
+            )
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states, residual [T, hidden] -> the layer's output and the sum of what came before it."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.feed_forward(hidden_states), residual
+
+
+class KimiLinearModel(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        self.embed_tokens.quant_method = InPlaceEmbedding()
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, vllm_config, i, f"{prefix}.layers.{i}")
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """positions [T], hidden_states [T, hidden] -> [T, hidden]."""
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return self.norm(hidden_states, residual)[0]
+
+
+class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """The architecture that vLLM looks up. Takes the released checkpoint's names."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        dot = f"{prefix}." if prefix else ""
+        self.model = KimiLinearModel(config, vllm_config, f"{dot}model")
+        if config.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=f"{dot}lm_head")
+            self.lm_head.quant_method = InPlaceEmbedding()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.weight_map: dict[str, Part] = weight_map(self)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+        return state_dtypes(vllm_config.model_config.dtype)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(
+        cls, vllm_config: VllmConfig
+    ) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        return state_shapes(vllm_config.model_config.hf_config)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, MambaStateCopyFunc]:
+        return MambaStateCopyFuncCalculator.kda_state_copy_func()
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """input_ids [T] or inputs_embeds [T, hidden], positions [T] -> hidden states [T, hidden]."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.model(positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Copy checkpoint tensors, any subset in any order, into the parameters.
+
+        Returns:
+            Names of the parameters that this call filled entirely, which is what vLLM's loaders compare with the
+            model's own.
+
+        Raises:
+            ValueError: a name that the model does not have, or a tensor of another shape.
+        """
+        loaded = set(load_parts(self, self.weight_map, weights))
+        unfilled = {part.parameter for name, part in self.weight_map.items() if name not in loaded}
+        return {self.weight_map[name].parameter for name in loaded} - unfilled
