@@ -1,0 +1,117 @@
+"""Any dataset of reasoning-gym as a task, scored by its own scorer.
+
+The length of its answers cannot be dialled, so `required_length` is an upper bound: a problem whose reference
+answer is longer, in characters, is drawn again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any, ClassVar
+
+import numpy as np
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from rlscale.errors import UserError
+from rlscale.tasks.base import Shaping, Split, Task, TaskOptions, split_of
+from rlscale.types import Problem
+
+PREFIX = "reasoning_gym/"
+_REMEMBERED_ENTRIES = 4096
+
+
+class GymOptions(TaskOptions):
+    """A dataset's own configuration; the dataset validates it."""
+
+    dataset: dict[str, Any]
+
+
+class GymTask(Task):
+    """One dataset. A problem's `required_length` is that of its reference answer, at most the task's.
+
+    Where a dataset accepts several answers, its scorer decides what is right, and `Problem.answer` is one of
+    them. The prompt is the question and a line break.
+    """
+
+    summary = "a reasoning-gym dataset, scored by its own scorer; required_length bounds the answer's length"
+    Options = GymOptions
+    max_draws: ClassVar[int] = 200  # some datasets take a tenth of a second a draw
+
+    def __init__(self, dataset: str, required_length: int, options: dict[str, Any]) -> None:
+        """Raises UserError: unknown dataset or option, or a configuration that the dataset refuses."""
+        self.name = PREFIX + dataset  # type: ignore[misc]
+        known = [field.name for field in dataset_fields(dataset)]
+        for option in options:
+            if option not in known:
+                raise UserError(f"{self.name}: unknown option '{option}', known are {', '.join(known)}")
+        try:
+            self._dataset = reasoning_gym.create_dataset(dataset, **{"seed": 0, **options})
+        except (AssertionError, ValueError, TypeError) as error:
+            raise UserError(f"{self.name} refuses the options {options}: {error}") from None
+        self._entries: dict[str, dict[str, Any]] = {}
+        super().__init__(required_length, GymOptions(dataset=options))
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str] | None:
+        entry = self._random_entry(rng)
+        prompt, answer = entry["question"] + "\n", entry["answer"]
+        if not isinstance(answer, str) or not 0 < len(answer) <= self.required_length:
+            return None
+        self._entries.pop(prompt, None)
+        self._entries[prompt] = entry
+        if len(self._entries) > _REMEMBERED_ENTRIES:
+            self._entries.pop(next(iter(self._entries)))
+        return prompt, answer
+
+    def why_empty(self, split: Split) -> str:
+        rng = self._generator(split, 0)
+        answers = [self._random_entry(rng)["answer"] for _ in range(self.max_draws)]
+        lengths = [len(answer) for answer in answers if isinstance(answer, str) and answer]
+        if not lengths:
+            return "the dataset gives no reference answers: choose another"
+        if min(lengths) > self.required_length:
+            return (
+                f"the shortest of {len(answers)} answers has {min(lengths)} tokens: require as many or more"
+            )
+        return (
+            f"none of {self.max_draws} draws for the {split} split fits: raise required_length (answers have "
+            f"{min(lengths)} to {max(lengths)} tokens) or widen the dataset's options"
+        )
+
+    def score(self, problem: Problem, completion: str, shaping: Shaping) -> float:
+        """1 where the dataset's scorer gives its full score; else as for every task, by the answer."""
+        if problem.prompt not in self._entries:
+            self.problem(split_of(problem.prompt), problem.key)
+        try:
+            full_score = self._dataset.score_answer(completion, self._entries[problem.prompt]) >= 1.0
+        except Exception:  # scorers parse completions, and many do not expect what an untrained policy writes
+            full_score = False
+        return 1.0 if full_score else super().score(problem, completion, shaping)
+
+    def _random_entry(self, rng: np.random.Generator) -> dict[str, Any]:
+        index = int(rng.integers(1 << 31))
+        # A few generators draw from the process's global random numbers; a problem must not depend on these.
+        outside = random.getstate()
+        try:
+            return self._entry(index)
+        except IndexError:  # some datasets are finite lists of `size` problems
+            return self._entry(index % len(self._dataset))
+        finally:
+            random.setstate(outside)
+
+    def _entry(self, index: int) -> dict[str, Any]:
+        random.seed(index)
+        entry: dict[str, Any] = self._dataset[index]
+        return entry
+
+
+def dataset_names() -> list[str]:
+    """The datasets that `reasoning_gym/NAME` can name."""
+    return sorted(DATASETS)
+
+
+def dataset_fields(dataset: str) -> list[dataclasses.Field[Any]]:
+    """The options of a dataset. Its seed is none of them: the splits need it."""
+    config = DATASETS[dataset][1]
+    return [field for field in dataclasses.fields(config) if field.name != "seed"]
