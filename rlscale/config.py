@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +24,20 @@ Architecture = Literal["hybrid", "mla"]
 class Section(BaseModel):
     """A part of the tree: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_is_default(cls, tree: Any) -> Any:
+        """A section whose lines are all commented out is null to YAML."""
+        if not isinstance(tree, dict):
+            return tree
+        fields = cls.model_fields
+        return {
+            key: value
+            for key, value in tree.items()
+            if value is not None or key not in fields or not _is_section(fields[key].annotation)
+        }
 
 
 class ModelConfig(Section):
@@ -168,6 +182,19 @@ class SweepConfig(Section):
     """What all runs share."""
 
     @model_validator(mode="after")
+    def _no_cell_twice(self) -> SweepConfig:
+        seen = set()
+        for cell in self.cells():
+            key = (cell.architecture, cell.task.required_length, cell.budget, cell.seed)
+            if key in seen:
+                raise ValueError(
+                    "the grid holds architecture {}, required length {}, budget {}, seed {} twice: "
+                    "remove the value that repeats".format(*key)
+                )
+            seen.add(key)
+        return self
+
+    @model_validator(mode="after")
     def _axes_belong_to_the_grid(self) -> SweepConfig:
         taken = {"architecture", "seed"} & self.run.model_fields_set
         taken |= {"task.required_length"} if "required_length" in self.run.task.model_fields_set else set()
@@ -180,7 +207,8 @@ class SweepConfig(Section):
         """The runs of the grid, architecture outermost, so that one engine start can serve its neighbours."""
         grid = itertools.product(self.architectures, self.required_lengths, self.budget_ratios, self.seeds)
         for architecture, length, ratio, seed in grid:
-            budget = math.ceil(ratio * length) + 1  # the end-of-sequence token comes on top
+            # Rounded first: 1.1 * 100 is a little more than 110. The end-of-sequence token comes on top.
+            budget = math.ceil(round(ratio * length, 6)) + 1
             yield self.run.model_copy(
                 update={
                     "architecture": architecture,
@@ -201,7 +229,7 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         UserError: file missing or no YAML mapping, unknown key, impossible value, malformed override.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _load_yaml(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no config at {path}: experiments/ holds ready ones") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -238,19 +266,43 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}' must read key=value, e.g. task.required_length=64")
     node = tree
     for key in keys[:-1]:
-        node = node.setdefault(key, {})
+        node[key] = {} if node.get(key) is None else node[key]
+        node = node[key]
         if not isinstance(node, dict):
             raise UserError(f"override '{override}': '{key}' holds a value, not a section")
     try:
-        node[keys[-1]] = yaml.safe_load(text)
+        node[keys[-1]] = _load_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override '{override}': '{text}' is not a YAML value") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two of its traps removed: `1e-5` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for twice in {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(problem=f"'{twice}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = kind
     for part in location:
         annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if _is_section(annotation):
             model = annotation
     return sorted(model.model_fields)
