@@ -1,1 +1,1 @@
-"""Kimi Linear: Kimi Delta Attention (KDA) and multi-head latent attention (MLA), the model and its kernels."""
+"""Kimi Linear: Kimi Delta Attention (KDA) with multi-head latent attention (MLA), model and kernels."""

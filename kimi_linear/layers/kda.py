@@ -1,0 +1,131 @@
+"""The Kimi Delta Attention layer (arXiv:2510.26692, section 4)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import KimiLinearConfig
+
+from kimi_linear.layers.norm import GatedRMSNorm
+from kimi_linear.layers.packed import PackedSequences
+from kimi_linear.ops import (
+    chunk_kda,
+    convolution_state,
+    convolution_step,
+    kda_gate,
+    l2_normalize,
+    recurrent_step,
+    short_convolution,
+)
+
+
+@dataclass
+class KDACache:
+    """What N sequences keep of their past: constant in size.
+
+    Attributes:
+        state: [N, H, K, V] float32.
+        convolution: [N, W - 1, 3 * H * K], the last inputs of the short convolutions of q, k and v.
+    """
+
+    state: torch.Tensor
+    convolution: torch.Tensor
+
+    def select(self, sequences: torch.Tensor) -> "KDACache":
+        return KDACache(self.state[sequences], self.convolution[sequences])
+
+
+class ShortConvolution(nn.Module):
+    """Filters [C, 1, W] of a causal convolution, one per channel, named as in the checkpoint."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+
+class KimiDeltaAttention(nn.Module):
+    """Delta-rule attention with a decay per channel; its past is one matrix per head, whatever the length."""
+
+    def __init__(self, config: KimiLinearConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.linear_conv_kernel_dim
+        self.heads, self.head_dim = config.linear_num_heads, config.linear_head_dim
+        channels = self.heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, channels, bias=False)
+        self.k_proj = nn.Linear(hidden, channels, bias=False)
+        self.v_proj = nn.Linear(hidden, channels, bias=False)
+        self.q_conv1d = ShortConvolution(channels, width)
+        self.k_conv1d = ShortConvolution(channels, width)
+        self.v_conv1d = ShortConvolution(channels, width)
+        self.f_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
+        self.f_b_proj = nn.Linear(self.head_dim, channels, bias=False)
+        self.A_log = nn.Parameter(torch.empty(1, 1, self.heads, 1))
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.b_proj = nn.Linear(hidden, self.heads, bias=False)
+        self.g_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
+        self.g_b_proj = nn.Linear(self.head_dim, channels, bias=False)
+        self.o_norm = GatedRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(channels, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        """x [T, D] -> [T, D], each sequence on its own."""
+        return self._attend(x, packed)[0]
+
+    def prefill(self, x: torch.Tensor, packed: PackedSequences) -> tuple[torch.Tensor, KDACache]:
+        """As `forward`, and what a later `decode` needs."""
+        o, state, qkv = self._attend(x, packed, output_final_state=True)
+        assert state is not None
+        width = self.q_conv1d.weight.shape[-1]
+        return o, KDACache(state, convolution_state(qkv, width, packed.cu_seqlens))
+
+    def decode(self, x: torch.Tensor, cache: KDACache) -> torch.Tensor:
+        """One token of each of N sequences, x [N, D] -> [N, D]; the cache moves on by that token."""
+        qkv, cache.convolution = convolution_step(
+            self._project(x), self._convolution_weight(), cache.convolution
+        )
+        q, k, v = (part.float() for part in self._heads(qkv))
+        g = kda_gate(self._decay(x), self.A_log, self.dt_bias)
+        beta = self.b_proj(x).float().sigmoid()
+        scale = self.head_dim**-0.5
+        o, cache.state = recurrent_step(l2_normalize(q), l2_normalize(k), v, g, beta, cache.state, scale)
+        return self._output(o.to(x.dtype), x)
+
+    def _attend(
+        self, x: torch.Tensor, packed: PackedSequences, output_final_state: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        qkv = self._project(x)
+        q, k, v = self._heads(short_convolution(qkv, self._convolution_weight(), packed.cu_seqlens))
+        o, state = chunk_kda(
+            q.unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            self._decay(x).unsqueeze(0),
+            self.b_proj(x).unsqueeze(0),
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            cu_seqlens=packed.cu_seqlens,
+        )
+        return self._output(o.squeeze(0), x), state, qkv
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs of the three short convolutions, [T, 3 * H * K]."""
+        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+
+    def _convolution_weight(self) -> torch.Tensor:
+        return torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)).squeeze(1)
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        return q, k, v
+
+    def _decay(self, x: torch.Tensor) -> torch.Tensor:
+        """Raw decay gate [T, H, K]."""
+        return self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.heads, self.head_dim))
+
+    def _output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, (self.heads, self.head_dim))
+        return self.o_proj(self.o_norm(o, gate).flatten(-2))
