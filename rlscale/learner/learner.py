@@ -1,0 +1,254 @@
+"""The learner: gradient steps on a policy, from rollouts. Plain Python; `actor` puts it into a Ray actor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import KimiLinearConfig, PreTrainedTokenizerBase
+
+from kimi_linear.checkpoint import (
+    CheckpointError,
+    load_released_tensors,
+    named_released_tensors,
+    read_tensors,
+    save_checkpoint,
+    tensor_files,
+)
+from kimi_linear.model import KimiLinearForCausalLM
+from rlscale.config import AlgorithmConfig, LearnerConfig, WarmStartConfig
+from rlscale.errors import UserError
+from rlscale.learner.logprobs import token_logprobs
+from rlscale.learner.losses import PolicyTokens, policy_loss
+from rlscale.learner.optimizer import Optimizer
+from rlscale.learner.packing import MicroBatch, pack
+from rlscale.types import Rollout
+
+if TYPE_CHECKING:
+    from rlscale.learner.warm_start import WarmStartReport
+    from rlscale.tasks import Task
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+PROGRESS_FILE = "learner.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSpec:
+    """What a learner is built from.
+
+    Args:
+        model: shape of the policy.
+        dtype: of weights and activations.
+        checkpoint: folder in the released format to take the weights from; None draws them from `seed`.
+        config: optimizer and batching.
+        algorithm: the loss.
+        seed: of random initial weights; nothing else in a learner is random.
+    """
+
+    model: KimiLinearConfig
+    dtype: torch.dtype
+    checkpoint: Path | None
+    config: LearnerConfig
+    algorithm: AlgorithmConfig
+    seed: int
+
+    @property
+    def threads(self) -> int:
+        """Threads that the learner computes with: its CPUs, and one if it has less than one."""
+        return max(1, int(self.config.num_cpus))
+
+    def build(self) -> Learner:
+        """A learner before its first step, in this process.
+
+        Raises:
+            UserError: a checkpoint that is missing, torn or of another shape; no GPU where one is asked.
+        """
+        torch.set_num_threads(self.threads)
+        device = torch.device("cuda" if self.config.num_gpus else "cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"learner.num_gpus = {self.config.num_gpus:g} but PyTorch sees no GPU: set it to 0"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = KimiLinearForCausalLM(self.model)
+        if self.checkpoint is not None:
+            _load_weights(model, self.checkpoint)
+        return Learner(model.to(device, self.dtype), self.config, self.algorithm)
+
+
+class Learner:
+    """Trains one model by policy gradients."""
+
+    def __init__(
+        self, model: KimiLinearForCausalLM, config: LearnerConfig, algorithm: AlgorithmConfig
+    ) -> None:
+        self.model = model
+        self._config = config
+        self._algorithm = algorithm
+        self._start_afresh()
+
+    def train_step(self, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float]:
+        """One RL step: `updates_per_step` optimizer steps, each on its share of the prompts.
+
+        An update whose loss or gradient is not finite is skipped: the weights stay as they are.
+
+        Args:
+            rollouts: with their advantages.
+            temperature: that they were drawn with.
+
+        Returns:
+            Means over the updates of `loss`, `grad_norm` (before clipping), `entropy` (nats a token) and what
+            the algorithm reports: `clip_fraction`, `ratio_mean`, `kl`. Before the first update, over its
+            tokens, |log-probability here - in the rollout|: `mismatch_mean`, `mismatch_max`. `learning_rate`;
+            `skipped` (updates); `tokens` (trained on, prompts included); `train_s`; `learner_tokens_per_s`.
+
+        Raises:
+            UserError: a sequence longer than `tokens_per_micro_batch`, or fewer prompts than updates.
+        """
+        started = time.perf_counter()
+        self._step += 1
+        learning_rate = self._optimizer.learning_rate(self._step)
+        batches = [
+            pack(minibatch, self._config.tokens_per_micro_batch)
+            for minibatch in split_by_group(rollouts, self._config.updates_per_step)
+        ]
+        updates = [self._update(micro_batches, temperature, learning_rate) for micro_batches in batches]
+
+        metrics = {name: fmean(update[name] for update in updates) for name in updates[0]}
+        metrics |= {name: updates[0][name] for name in ("mismatch_mean", "mismatch_max")}
+        metrics["skipped"] = sum(update["skipped"] for update in updates)
+        metrics["learning_rate"] = learning_rate
+        metrics["tokens"] = sum(batch.tokens for micro_batches in batches for batch in micro_batches)
+        metrics["train_s"] = time.perf_counter() - started
+        metrics["learner_tokens_per_s"] = metrics["tokens"] / metrics["train_s"]
+        return metrics
+
+    def warm_start(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        config: WarmStartConfig,
+        seed: int,
+        on_progress: Callable[[int, float], None],
+    ) -> WarmStartReport:
+        """Supervised training on the task's solutions; see `rlscale.learner.warm_start.warm_start`.
+
+        Reinforcement learning then starts afresh, with its own optimizer state and learning-rate warm-up.
+
+        Raises:
+            UserError: the target pass rate was not reached.
+        """
+        from rlscale.learner.warm_start import warm_start
+
+        report = warm_start(self.model, tokenizer, task, config, seed, on_progress)
+        self._start_afresh()
+        return report
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights under their released names; they share the model's memory."""
+        return named_released_tensors(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Writes all that `load` needs to go on as if nothing had happened: weights in the released format,
+        optimizer state, step. A training step draws no random numbers, so there are none to keep."""
+        save_checkpoint(self.model, folder)
+        state = {name: tensor.contiguous() for name, tensor in self._optimizer.state_tensors().items()}
+        save_file(state, folder / OPTIMIZER_FILE)
+        (folder / PROGRESS_FILE).write_text(json.dumps({"step": self._step}) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Continues from a folder that `save` wrote.
+
+        Raises:
+            UserError: a file is missing or torn, or holds a model of another shape. The learner is then in
+                no defined state: load another folder or give it up.
+        """
+        _load_weights(self.model, folder)
+        try:
+            self._optimizer.load_state_tensors(load_file(folder / OPTIMIZER_FILE))
+            self._step = int(json.loads((folder / PROGRESS_FILE).read_text())["step"])
+        except FileNotFoundError as error:
+            name = Path(error.filename or OPTIMIZER_FILE).name
+            raise UserError(f"{folder} is no learner's checkpoint: {name} is missing") from None
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint in {folder} cannot be continued: {error}") from None
+
+    def _start_afresh(self) -> None:
+        self.model.train()
+        if self._config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self._optimizer = Optimizer(self.model.named_parameters(), self._config)
+        self._step = 0
+
+    def _update(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, learning_rate: float
+    ) -> dict[str, float]:
+        """One optimizer step on a minibatch, its gradient accumulated over the micro-batches."""
+        minibatch_tokens = sum(len(batch.targets) for batch in micro_batches)
+        device = self.model.lm_head.weight.device
+        totals: dict[str, torch.Tensor] = {}
+        mismatch_max = torch.zeros((), device=device)
+        try:
+            for batch in (batch.to(device) for batch in micro_batches):
+                logprobs, entropies = self._logprobs(batch, temperature)
+                tokens = PolicyTokens(logprobs, batch.rollout_logprobs, batch.advantages, minibatch_tokens)
+                loss, shares = policy_loss(tokens, self._algorithm)
+                loss.backward()
+                with torch.no_grad():
+                    mismatch = (logprobs - batch.rollout_logprobs).abs()
+                    mismatch_max = torch.maximum(mismatch_max, mismatch.max())
+                    shares |= {"loss": loss.detach(), "entropy": entropies.sum() / minibatch_tokens}
+                    shares |= {"mismatch_mean": mismatch.sum() / minibatch_tokens}
+                    totals = {name: totals.get(name, 0) + share for name, share in shares.items()}
+            grad_norm, stepped = self._optimizer.step(learning_rate, totals["loss"])
+        finally:
+            self._optimizer.zero_grad()
+        metrics = {name: total.item() for name, total in totals.items()}
+        return metrics | {
+            "grad_norm": grad_norm,
+            "mismatch_max": mismatch_max.item(),
+            "skipped": float(not stepped),
+        }
+
+    def _logprobs(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [N] with gradient and entropies [N] of a micro-batch's completion tokens."""
+        hidden = self.model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens)
+        return token_logprobs(hidden[batch.predictors], self.model.lm_head.weight, batch.targets, temperature)
+
+
+def split_by_group(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
+    """Cuts a batch into `parts` minibatches of whole groups, their numbers of groups as even as can be.
+
+    Raises:
+        UserError: fewer groups than parts.
+    """
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    if len(groups) < parts:
+        raise UserError(
+            f"learner.updates_per_step = {parts} cannot share {len(groups)} prompts: "
+            "lower it or raise rollout.prompts_per_step"
+        )
+    members = list(groups.values())
+    ends = [len(members) * (i + 1) // parts for i in range(parts)]
+    return [
+        [rollout for group in members[first:end] for rollout in group]
+        for first, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _load_weights(model: KimiLinearForCausalLM, folder: Path) -> None:
+    try:
+        load_released_tensors(model, read_tensors(tensor_files(folder)))
+    except (CheckpointError, SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"the checkpoint in {folder} does not fit: {error}") from None
