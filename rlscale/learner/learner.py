@@ -42,47 +42,37 @@ PROGRESS_FILE = "learner.json"
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """What a learner is built from.
+    """The policy that a learner starts from.
 
     Args:
-        model: shape of the policy.
+        model: its shape.
         dtype: of weights and activations.
-        checkpoint: folder in the released format to take the weights from; None draws them from `seed`.
-        config: optimizer and batching.
-        algorithm: the loss.
-        seed: of random initial weights; nothing else in a learner is random.
+        checkpoint: folder in the released format to take the weights from; None draws random ones.
     """
 
     model: KimiLinearConfig
     dtype: torch.dtype
-    checkpoint: Path | None
-    config: LearnerConfig
-    algorithm: AlgorithmConfig
-    seed: int
+    checkpoint: Path | None = None
 
-    @property
-    def threads(self) -> int:
-        """Threads that the learner computes with: its CPUs, and one if it has less than one."""
-        return max(1, int(self.config.num_cpus))
+    def build(self, config: LearnerConfig, algorithm: AlgorithmConfig, seed: int) -> Learner:
+        """A learner before its first step, in this process, on the CPUs or the GPU that `config` gives it.
 
-    def build(self) -> Learner:
-        """A learner before its first step, in this process.
+        Args:
+            seed: of the random initial weights; nothing else in a learner is random.
 
         Raises:
             UserError: a checkpoint that is missing, torn or of another shape; no GPU where one is asked.
         """
-        torch.set_num_threads(self.threads)
-        device = torch.device("cuda" if self.config.num_gpus else "cpu")
+        torch.set_num_threads(threads(config))
+        device = torch.device("cuda" if config.num_gpus else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                f"learner.num_gpus = {self.config.num_gpus:g} but PyTorch sees no GPU: set it to 0"
-            )
+            raise UserError(f"learner.num_gpus = {config.num_gpus:g} but PyTorch sees no GPU: set it to 0")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(seed)
             model = KimiLinearForCausalLM(self.model)
         if self.checkpoint is not None:
             _load_weights(model, self.checkpoint)
-        return Learner(model.to(device, self.dtype), self.config, self.algorithm)
+        return Learner(model.to(device, self.dtype), config, algorithm)
 
 
 class Learner:
@@ -138,7 +128,7 @@ class Learner:
         tokenizer: PreTrainedTokenizerBase,
         config: WarmStartConfig,
         seed: int,
-        on_progress: Callable[[int, float], None],
+        on_progress: Callable[[int, float], None] | None = None,
     ) -> WarmStartReport:
         """Supervised training on the task's solutions; see `rlscale.learner.warm_start.warm_start`.
 
@@ -223,6 +213,11 @@ class Learner:
         """Log-probabilities [N] with gradient and entropies [N] of a micro-batch's completion tokens."""
         hidden = self.model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens)
         return token_logprobs(hidden[batch.predictors], self.model.lm_head.weight, batch.targets, temperature)
+
+
+def threads(config: LearnerConfig) -> int:
+    """Threads that a learner computes with: its CPUs, and one if it has less than one."""
+    return max(1, int(config.num_cpus))
 
 
 def split_by_group(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
