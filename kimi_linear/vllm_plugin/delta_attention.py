@@ -212,11 +212,13 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
             states[slots] = 0
         if n:
             slots = step.slots[:n]
-            x, conv_states[slots] = convolution_step(qkv[:n], self.conv_weight, conv_states[slots])
+            x, conv_states[slots] = convolution_step(
+                qkv[:n], self.conv_weight, conv_states.index_select(0, slots)
+            )
             q, k, v = x.view(n, 3, 1, self.heads, self.dim).unbind(1)
             o_step, states[slots] = fused_recurrent_kda(
                 q, k, v, f[:n].unsqueeze(1), beta[:n].unsqueeze(1),
-                initial_state=states[slots], output_final_state=True,
+                initial_state=states.index_select(0, slots), output_final_state=True,
                 use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
                 A_log=self.A_log, dt_bias=self.dt_bias,
             )  # fmt: skip
@@ -224,13 +226,13 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
         if split.num_prefills:
             end = n + int(split.cu_seqlens[-1])
             slots, cu_seqlens = step.slots[n:], split.cu_seqlens.to(qkv.device)
-            rows, history = qkv[n:end], conv_states[slots]
+            rows, history = qkv[n:end], conv_states.index_select(0, slots)
             x = short_convolution(rows, self.conv_weight, cu_seqlens, history)
             conv_states[slots] = convolution_state(rows, self.conv_weight.shape[1], cu_seqlens, history)
             q, k, v = x.view(1, -1, 3, self.heads, self.dim).unbind(2)
             o_rows, states[slots] = chunk_kda(
                 q, k, v, f[n:end].unsqueeze(0), beta[n:end].unsqueeze(0),
-                initial_state=states[slots], output_final_state=True,
+                initial_state=states.index_select(0, slots), output_final_state=True,
                 use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
                 A_log=self.A_log, dt_bias=self.dt_bias, cu_seqlens=cu_seqlens,
             )  # fmt: skip

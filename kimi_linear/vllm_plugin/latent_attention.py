@@ -225,14 +225,16 @@ class PagedLatentAttention(nn.Module, AttentionLayerBase):
         )
         q_latent = torch.bmm(q[..., : self.nope].transpose(0, 1), up_k).transpose(0, 1)
         q_latent = torch.cat((q_latent, q[..., self.nope :]), dim=-1)
-        cached = self.kv_cache[step.blocks].flatten(1, 2)[:, : step.longest]
+        # index_select copies whole blocks, several times faster than indexing with a tensor does.
+        cached = self.kv_cache.index_select(0, step.blocks.flatten())
+        cached = cached.view(q.shape[0], -1, self.rank + self.rope)[:, : step.longest]
         scores = torch.baddbmm(step.mask, q_latent, cached.transpose(1, 2), alpha=self.scale)
         read = torch.bmm(scores.softmax(-1), cached[..., : self.rank])
         torch.bmm(read.transpose(0, 1), up_v.transpose(1, 2), out=out.transpose(0, 1))
 
     def prefill(self, q: torch.Tensor, sequence: PrefillSequence) -> torch.Tensor:
         """The last tokens of one sequence, q [T, H, nope + rope] -> [T, H, v]."""
-        cached = self.kv_cache[sequence.blocks].flatten(0, 1)[: sequence.length]
+        cached = self.kv_cache.index_select(0, sequence.blocks).flatten(0, 1)[: sequence.length]
         expanded = F.linear(cached[:, : self.rank], self.kv_b_proj.weight).view(
             sequence.length, self.num_heads, -1
         )
