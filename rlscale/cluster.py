@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,8 @@ def connect(address: str | None = None) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
     start: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         # What workers have to say arrives as exceptions; their chatter stays in Ray's log folder.
@@ -48,9 +51,7 @@ def connect(address: str | None = None) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         if address:
-            raise UserError(
-                f"no Ray cluster at {address}: start one with `ray start --head` ({reason})"
-            ) from None
+            raise _no_cluster(address, reason) from None
         raise UserError(f"Ray cannot start on this machine: {reason}") from None
 
 
@@ -111,6 +112,21 @@ def gather(futures: Sequence[ray.ObjectRef], who: str) -> list[Any]:
             f"{who} {which} of {len(futures)} died, often for want of memory: "
             "see the newest worker-*.err in /tmp/ray/session_latest/logs"
         ) from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for half a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto" and the like
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(f"no Ray cluster at {address} ({reason}): start one with `ray start --head`")
 
 
 def _actor_died(future: ray.ObjectRef) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,25 +129,15 @@ class LearnerGroup:
         self._call("start", config, algorithm, seed)
 
     def warm_start(
-        self,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        config: WarmStartConfig,
-        seed: int,
-        on_progress: Callable[[int, float], None] | None = None,
-    ) -> WarmStartReport:
-        """See `Learner.warm_start`; `on_progress` is called here, with step and pass rate.
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, config: WarmStartConfig, seed: int
+    ) -> Iterator[tuple[int, float] | WarmStartReport]:
+        """See `Learner.warm_start`. Yields (step, pass rate) at every evaluation and the report at last.
 
         Raises:
             UserError: the target pass rate was not reached, or the worker has died.
         """
         for future in self._worker.warm_start.remote(task, tokenizer, config, seed):
-            news = gather([future], "learner")[0]
-            if not isinstance(news, tuple):
-                return news
-            if on_progress is not None:
-                on_progress(*news)
-        raise AssertionError("a warm start ends with its report or an error")
+            yield gather([future], "learner")[0]
 
     def train_step(self, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float]:
         """See `Learner.train_step`.

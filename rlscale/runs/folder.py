@@ -3,6 +3,7 @@
 config.yaml        resolved config; `rlscale run` takes it as it is
 environment.json   Python, versions, platform, commit, and the same again for every resume
 status.json        state, step, and the summary at the end; its `format` marks the folder as ours
+warm_start.json    steps, seconds and tokens of the warm start and the pass rate it reached
 metrics.jsonl      one object a training step
 evaluations.jsonl  held-out evaluations
 samples.jsonl      sample rollouts
@@ -34,6 +35,7 @@ from rlscale.runs.reading import (
     FORMAT,
     METRICS,
     STATUS,
+    WARM_START,
     read_config,
     read_run,
     read_status,
@@ -82,6 +84,18 @@ class RunFolder:
         self._closed = False
         self._write_status("running")
 
+    @staticmethod
+    def check(path: Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Raises what `create` or `resume` would raise for a folder that is not theirs; changes nothing.
+
+        For callers who have much to start before they open the folder.
+        """
+        with _only_usable(path):
+            if resume:
+                _refuse_other(path, config)
+            else:
+                _refuse_taken(path, overwrite)
+
     @classmethod
     def create(cls, path: Path, config: RunConfig, overwrite: bool = False) -> RunFolder:
         """Starts a run in a new or empty folder.
@@ -128,18 +142,7 @@ class RunFolder:
             UserError: there is no run, it is finished, its config differs from `config`, or another process
                 is writing to it. Nothing was changed then.
         """
-        status = read_status(path)
-        if status is None:
-            raise UserError(f"no run to resume in {path}: start it without --resume")
-        if status["state"] == "finished":
-            raise UserError(f"the run in {path} is finished: choose another folder, or --overwrite")
-        difference = _first_difference(read_config(path), config)
-        if difference:
-            key, before, now = difference
-            raise UserError(
-                f"the run in {path} has {key} = {before!r}, not {now!r}: resume it with {key}={before}, "
-                "or choose another folder"
-            )
+        _refuse_other(path, config)
         with _only_usable(path), full_disk_named(path):
             lock = _hold(path)
             try:
@@ -163,6 +166,11 @@ class RunFolder:
     def progress(self) -> Progress:
         """Where training continues. It does not move while this object writes."""
         return self._progress
+
+    def log_warm_start(self, report: Mapping[str, Any]) -> None:
+        """Keeps what the warm start took and reached."""
+        with full_disk_named(self.path):
+            write_json(self.path / WARM_START, report)
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one training step to metrics.jsonl and TensorBoard; NaN becomes null.
@@ -272,6 +280,21 @@ def _refuse_taken(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} holds files that are no run's: choose a new or an empty folder")
 
 
+def _refuse_other(path: Path, config: RunConfig) -> None:
+    status = read_status(path)
+    if status is None:
+        raise UserError(f"no run to resume in {path}: start it without --resume")
+    if status["state"] == "finished":
+        raise UserError(f"the run in {path} is finished: choose another folder, or --overwrite")
+    difference = _first_difference(read_config(path), config)
+    if difference:
+        key, before, now = difference
+        raise UserError(
+            f"the run in {path} has {key} = {before!r}, not {now!r}: resume it with {key}={before}, "
+            "or choose another folder"
+        )
+
+
 @contextmanager
 def _only_usable(path: Path) -> Iterator[None]:
     try:
@@ -304,7 +327,7 @@ def _remove_run(path: Path) -> None:
     for folder in (path / _CHECKPOINTS, path / _TENSORBOARD):
         with suppress(OSError):  # somebody else's files are in it, or it is not there
             folder.rmdir()
-    for name in (*_RECORDS, _ENVIRONMENT, CONFIG, STATUS):
+    for name in (*_RECORDS, WARM_START, _ENVIRONMENT, CONFIG, STATUS):
         remove(path / f".{name}.tmp")
         remove(path / name)
 

@@ -19,6 +19,7 @@ CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+WARM_START = "warm_start.json"
 
 # Marks a folder as a run of this project's, and the version of its layout.
 FORMAT = "rlscale-run-1"
@@ -33,6 +34,7 @@ class RunRecord:
         config: as resolved when it started.
         metrics: one record a step, oldest first.
         evaluations: held-out evaluations, oldest first.
+        warm_start: steps, pass_rate, wall_s and tokens of the warm start; None for a run without one.
         status: `state` (running, finished or failed), `step`, and at the end `summary` or `reason`.
     """
 
@@ -40,6 +42,7 @@ class RunRecord:
     config: RunConfig
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    warm_start: dict[str, Any] | None
     status: dict[str, Any]
 
     @property
@@ -91,8 +94,17 @@ def read_run(folder: Path) -> RunRecord:
         config=read_config(folder),
         metrics=read_json_lines(folder / METRICS),
         evaluations=read_json_lines(folder / EVALUATIONS),
+        warm_start=_read_warm_start(folder),
         status=status,
     )
+
+
+def _read_warm_start(folder: Path) -> dict[str, Any] | None:
+    try:
+        report: dict[str, Any] = json.loads((folder / WARM_START).read_bytes())
+    except FileNotFoundError:
+        return None
+    return report
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunRecord]:

@@ -1,0 +1,194 @@
+"""The command line: run, sweep, plot, model, tasks.
+
+Imports that take seconds (torch, Ray, vLLM) stay inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlscale.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=(
+        "Measures how a hybrid of Kimi Delta Attention and MLA compares with full MLA as reinforcement "
+        "learning makes outputs longer."
+    ),
+)
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; experiments/ holds ready ones.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. learner.learning_rate=1e-4."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Where results go. [default: runs/NAME-OF-CONFIG]"),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue what an earlier call left unfinished there.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the runs of an earlier call there first.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Ray cluster to join. [default: RAY_ADDRESS, else start one here]"),
+]
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    address: Address = None,
+) -> None:
+    """Train one architecture on one task at one required length.
+
+    Warm start on generated solutions, then RL with rollouts from vLLM. Metrics, held-out evaluations, sample
+    rollouts and checkpoints land in the output folder, for `rlscale plot` and TensorBoard.
+    """
+    from rlscale.config import RunConfig, load_config
+    from rlscale.display import Display
+    from rlscale.sweep import run_one
+
+    settings = load_config(RunConfig, config, overrides or [])
+    folder = output or Path("runs") / config.stem
+    with Display({folder.name: settings.steps}) as display:
+        for event in run_one(settings, folder, resume=resume, overwrite=overwrite, address=address):
+            display.show(event)
+    typer.echo(f"results in {folder}; draw them with: rlscale plot {folder}")
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    address: Address = None,
+) -> None:
+    """Train a grid: architectures x required lengths x budgets x seeds.
+
+    Each run has a folder of its own inside the output folder; plots and summary.json are written at the end.
+    """
+    from rlscale import sweep as sweeps
+    from rlscale.config import SweepConfig, load_config
+    from rlscale.display import Display
+
+    settings = load_config(SweepConfig, config, overrides or [])
+    folder = output or Path("runs") / config.stem
+    steps = {sweeps.run_name(cell): cell.steps for cell in settings.cells()}
+    with Display(steps) as display:
+        for event in sweeps.sweep(settings, folder, resume=resume, overwrite=overwrite, address=address):
+            display.show(event)
+    _draw([folder], folder / "plots", folder / "summary.json")
+
+
+@app.command()
+def plot(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or sweeps of runs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where figures go. [default: FOLDER/plots]"),
+    ] = None,
+) -> None:
+    """Draw curves and print the summary table of finished and unfinished runs.
+
+    Held-out pass rate against steps, generated tokens and wall-clock; tokens/s and cache bytes against
+    length; the hybrid/MLA ratio. Each figure as PNG and SVG.
+    """
+    out = output or folders[0] / "plots"
+    _draw(folders, out, out / "summary.json")
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="tiny, small or 48b-a3b.")],
+) -> None:
+    """Print a preset beside its full-MLA twin: parameters, cache, break-even length."""
+    from rlscale.models import comparison_table
+
+    Console().print(comparison_table(name))
+
+
+@app.command()
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One task, with examples.")] = None,
+    required_length: Annotated[
+        int, typer.Option(min=1, help="Length of the examples' answers, in tokens.")
+    ] = 16,
+    examples: Annotated[int, typer.Option(min=1, help="How many examples to show.")] = 3,
+) -> None:
+    """List the tasks, or show one: prompts, answers, required lengths and its options."""
+    from rlscale.tasks import describe_task, list_tasks, make_task
+
+    console = Console()
+    if name is None:
+        table = Table("task", "what it asks", box=None, header_style="bold", pad_edge=False)
+        for known in list_tasks():
+            table.add_row(known, describe_task(known).summary)
+        console.print(table)
+        return
+    info = describe_task(name)
+    console.print(f"[bold]{info.name}[/]: {escape(info.summary)}")
+    console.print(f"required lengths: {info.lengths}\n")
+    if info.options:
+        table = Table("task.options", "type", "default", "", box=None, header_style="bold", pad_edge=False)
+        for option in info.options:
+            table.add_row(option.name, option.type, escape(option.default), escape(option.description))
+        console.print(table)
+    task = make_task(name, required_length, {})
+    table = Table("prompt", "answer", "length", box=None, header_style="bold", pad_edge=False)
+    for key in range(examples):
+        problem = task.problem("train", key)
+        table.add_row(escape(problem.prompt), escape(problem.answer), str(problem.required_length))
+    console.print(table)
+
+
+def _draw(folders: list[Path], output: Path, summary: Path) -> None:
+    from rlscale.runs import find_runs
+    from rlscale.scaling.plots import plot_runs
+    from rlscale.scaling.summary import (
+        hybrid_to_mla,
+        ratio_table,
+        summarise,
+        summary_table,
+        write_summary,
+    )
+
+    figures = plot_runs(folders, output)
+    rows = summarise(find_runs(folders))
+    write_summary(rows, summary)
+    console = Console()
+    console.print(summary_table(rows))
+    if ratios := hybrid_to_mla(rows):
+        console.print(ratio_table(ratios))
+    console.print(f"{len(figures)} figures in {output}, the table in {summary}", highlight=False)
+
+
+def main() -> None:
+    """Entry point of `rlscale`: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] {escape(str(error))}", highlight=False
+        )
+        sys.exit(2)

@@ -1,0 +1,87 @@
+"""Which model and which tokenizer a configuration means."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from transformers import AutoTokenizer, KimiLinearConfig, PreTrainedTokenizerBase
+
+from kimi_linear.checkpoint import read_config
+from kimi_linear.config import (
+    FULL_ATTENTION,
+    LINEAR_ATTENTION,
+    break_even_tokens,
+    cache_size,
+    mla_twin,
+    parameter_count,
+    preset,
+)
+from rlscale.config import Architecture, ModelConfig
+from rlscale.errors import UserError
+from rlscale.tasks import build_tokenizer
+
+
+def model_config(config: ModelConfig, architecture: Architecture) -> KimiLinearConfig:
+    """The shape that learner and rollout build: the checkpoint's if one is given, else the preset's or its twin's.
+
+    Raises:
+        UserError: unknown override, or a checkpoint that is missing or of another architecture.
+    """
+    if config.checkpoint is None:
+        try:
+            hybrid = preset(config.preset, config.overrides)
+            return hybrid if architecture == "hybrid" else mla_twin(hybrid)
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+    if config.overrides:
+        raise UserError("model.overrides cannot reshape model.checkpoint: remove one of the two")
+    try:
+        found = read_config(config.checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.checkpoint: {error}") from None
+    is_hybrid = LINEAR_ATTENTION in found.layer_types
+    if is_hybrid != (architecture == "hybrid"):
+        kind = "a hybrid" if is_hybrid else "a full-MLA model"
+        raise UserError(
+            f"model.checkpoint {config.checkpoint} holds {kind}, not architecture '{architecture}': "
+            "set architecture accordingly"
+        )
+    return found
+
+
+def tokenizer_for(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, or the characters that the presets' vocabulary of 128 stands for."""
+    if config.checkpoint is not None and (config.checkpoint / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(config.checkpoint)
+    return build_tokenizer()
+
+
+def comparison_table(name: str) -> Table:
+    """A preset beside its full-MLA twin: parameters, cache in its released dtypes, and break-even length.
+
+    Raises:
+        UserError: no such preset.
+    """
+    try:
+        hybrid = preset(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    twin = mla_twin(hybrid)
+    sizes = {"hybrid": cache_size(hybrid), "full MLA": cache_size(twin)}
+    table = Table("", *sizes, title=name, box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    layers = [
+        f"{c.layer_types.count(LINEAR_ATTENTION)} KDA + {c.layer_types.count(FULL_ATTENTION)} MLA"
+        for c in (hybrid, twin)
+    ]
+    table.add_row("layers", *layers)
+    counts = [parameter_count(hybrid), parameter_count(twin)]
+    table.add_row("parameters", *(f"{count.total:,}" for count in counts))
+    table.add_row("activated a token", *(f"{count.activated:,}" for count in counts))
+    table.add_row("cache bytes a token", *(f"{size.bytes_per_token:,}" for size in sizes.values()))
+    table.add_row("cache bytes a sequence", *(f"{size.bytes_per_sequence:,}" for size in sizes.values()))
+    break_even = break_even_tokens(*sizes.values())
+    table.caption = (
+        f"The hybrid's cache is the smaller one above {break_even:,.0f} tokens (bf16, states in fp32)."
+    )
+    return table

@@ -1,0 +1,143 @@
+"""The actors of a run, started once and used for one run or for several of the same architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from rlscale.cluster import reserve
+from rlscale.config import RunConfig
+from rlscale.events import RunEvent
+from rlscale.learner.actor import LearnerGroup, LearnerSpec
+from rlscale.loop import train
+from rlscale.models import model_config, tokenizer_for
+from rlscale.rollout.actor import EngineSpec, RolloutPool
+from rlscale.runs.checkpoints import Checkpoints
+from rlscale.runs.files import write_json
+from rlscale.runs.folder import RunFolder
+from rlscale.runs.reading import RunRecord, read_run
+from rlscale.tasks import Task, make_task
+from rlscale.weights.synchronizer import Synchronizer
+
+_REPORT = "warm_start.json"
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """Rollout workers, learner and the synchronizer between them, on CPUs and GPUs that Ray reserved.
+
+    Starting an engine takes most of a minute, so a sweep starts one `Workers` per architecture and calls
+    `train` for each of its runs; these must agree in architecture, model, rollout workers and learner.
+
+    Args:
+        timeout: seconds to wait for CPUs and GPUs that the cluster has but others use.
+
+    Raises:
+        UserError: the cluster cannot meet the reservation (says what is short), an engine has no memory, a
+            checkpoint has another shape.
+    """
+
+    def __init__(self, config: RunConfig, timeout: float = 30) -> None:
+        self.model_config = model_config(config.model, config.architecture)
+        self.tokenizer = tokenizer_for(config.model)
+        dtype = getattr(torch, config.model.dtype)
+        context = self.model_config.max_position_embeddings
+        self._stack = ExitStack()
+        with self._stack:
+            rollout_bundles = RolloutPool.bundles(config.rollout)
+            learner_bundles = LearnerGroup.bundles(config.learner)
+            placement = self._stack.enter_context(reserve(rollout_bundles + learner_bundles, timeout))
+            engine = EngineSpec(self.model_config, dtype, context, config.rollout)
+            self.rollouts = RolloutPool(engine, placement)
+            self._stack.callback(self.rollouts.close)
+            spec = LearnerSpec(self.model_config, dtype, config.model.checkpoint)
+            self.learner = LearnerGroup(spec, config.learner, placement, len(rollout_bundles))
+            self._stack.callback(self.learner.close)
+            self.rollouts.ready()
+            self._stack = self._stack.pop_all()
+
+    def train(
+        self, config: RunConfig, run: RunFolder, shared_warm_start: Path | None = None
+    ) -> Iterator[RunEvent]:
+        """One whole run: warm start or resume, RL, summary.
+
+        Args:
+            shared_warm_start: folder to take the warm-started learner from, and to leave it in if it is not
+                there yet: runs that differ in their budget alone start from the same policy.
+
+        Raises:
+            UserError: as `rlscale.loop.train`, or the warm start does not reach its pass rate.
+        """
+        name = run.path.name
+        task = make_task(config.task.name, config.task.required_length, config.task.options)
+        self.learner.start(config.learner, config.algorithm, config.seed)
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is not None:
+            self.learner.load(checkpoint[1])
+        elif config.warm_start.target_pass_rate > 0:
+            yield from self._warm_start(config, task, run, shared_warm_start)
+
+        weights = Synchronizer(self.learner, self.rollouts)
+        for report in train(config, task, self.tokenizer, self.learner, self.rollouts, weights, run):
+            yield RunEvent(name, "training", report.step, report.metrics, report.evaluation)
+        run.finish(summary(read_run(run.path)))
+        yield RunEvent(name, "finished", config.steps)
+
+    def _warm_start(
+        self, config: RunConfig, task: Task, run: RunFolder, shared: Path | None
+    ) -> Iterator[RunEvent]:
+        """Trains on solutions, or takes over what a run of another budget trained."""
+        kept = Checkpoints(shared, keep=1) if shared else None
+        # What the policy after a warm start depends on: a folder from another config is not taken over.
+        origin = config.model_dump(
+            mode="json", include={"architecture", "seed", "model", "task", "warm_start"}
+        )
+        if kept and (whole := kept.latest()):
+            found = json.loads((whole[1] / _REPORT).read_text())
+            if found["origin"] == origin:
+                self.learner.load(whole[1])
+                run.log_warm_start(found["report"])
+                return
+        for news in self.learner.warm_start(task, self.tokenizer, config.warm_start, config.seed):
+            if isinstance(news, tuple):
+                yield RunEvent(run.path.name, "warm start", warm_start_pass_rate=news[1])
+            else:
+                report = asdict(news)
+        if kept:
+            with kept.write(0) as folder:
+                self.learner.save(folder)
+                write_json(folder / _REPORT, {"origin": origin, "report": report})
+        run.log_warm_start(report)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def summary(record: RunRecord) -> dict[str, Any]:
+    """The figures that stand for a finished run in tables and plots.
+
+    `wall_s` are the seconds of warm start and RL, evaluations and engine start apart.
+    """
+    config, metrics, evaluations = record.config, record.metrics, record.evaluations
+    warm_start = record.warm_start
+    return {
+        "architecture": config.architecture,
+        "required_length": config.task.required_length,
+        "budget": config.budget,
+        "seed": config.seed,
+        "pass_rate_start": evaluations[0]["pass_rate"],
+        "pass_rate_end": evaluations[-1]["pass_rate"],
+        "rollout_tokens_per_s": median(step["rollout_tokens_per_s"] for step in metrics),
+        "cache_bytes_per_sequence": max(step["cache_bytes_per_sequence"] for step in metrics),
+        "wall_s": metrics[-1]["wall_s"] + (warm_start["wall_s"] if warm_start else 0.0),
+        "warm_start": warm_start,
+    }
