@@ -21,7 +21,7 @@ from rlscale.tasks import build_tokenizer
 
 
 def model_config(config: ModelConfig, architecture: Architecture) -> KimiLinearConfig:
-    """The shape that learner and rollout build: the checkpoint's if one is given, else the preset's or its twin's.
+    """The shape that learner and rollout build: the checkpoint's, else the preset's or its twin's.
 
     Raises:
         UserError: unknown override, or a checkpoint that is missing or of another architecture.
@@ -70,10 +70,8 @@ def comparison_table(name: str) -> Table:
     table = Table("", *sizes, title=name, box=None, header_style="bold", pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    layers = [
-        f"{c.layer_types.count(LINEAR_ATTENTION)} KDA + {c.layer_types.count(FULL_ATTENTION)} MLA"
-        for c in (hybrid, twin)
-    ]
+    kinds = [config.layer_types for config in (hybrid, twin)]
+    layers = [f"{k.count(LINEAR_ATTENTION)} KDA + {k.count(FULL_ATTENTION)} MLA" for k in kinds]
     table.add_row("layers", *layers)
     counts = [parameter_count(hybrid), parameter_count(twin)]
     table.add_row("parameters", *(f"{count.total:,}" for count in counts))
@@ -81,7 +79,5 @@ def comparison_table(name: str) -> Table:
     table.add_row("cache bytes a token", *(f"{size.bytes_per_token:,}" for size in sizes.values()))
     table.add_row("cache bytes a sequence", *(f"{size.bytes_per_sequence:,}" for size in sizes.values()))
     break_even = break_even_tokens(*sizes.values())
-    table.caption = (
-        f"The hybrid's cache is the smaller one above {break_even:,.0f} tokens (bf16, states in fp32)."
-    )
+    table.caption = f"hybrid's cache smaller above {break_even:,.0f} tokens\n(latents bf16, states fp32)"
     return table

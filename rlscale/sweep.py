@@ -108,8 +108,9 @@ def check(config: RunConfig) -> None:
     tokenizer = tokenizer_for(config.model)
     if len(tokenizer) > model.vocab_size or tokenizer.eos_token_id != model.eos_token_id:
         raise UserError(
-            f"the tokenizer ({len(tokenizer)} tokens, end-of-sequence {tokenizer.eos_token_id}) is not the model's "
-            f"({model.vocab_size}, {model.eos_token_id}): use a checkpoint with its tokenizer, or the preset's sizes"
+            f"the tokenizer ({len(tokenizer)} tokens, end-of-sequence {tokenizer.eos_token_id}) is not the "
+            f"model's ({model.vocab_size}, {model.eos_token_id}): set both in model.overrides, or put the "
+            "checkpoint's tokenizer into its folder"
         )
     prompt = len(encode_prompt(tokenizer, task.problem("train", 0).prompt))
     longest = prompt + config.budget
