@@ -88,7 +88,7 @@ class ReferenceEngine:
         self._version = version
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that the cache of one sequence of `tokens` tokens needs; spare rows for latents not counted."""
+        """Bytes that the cache of one sequence of `tokens` tokens needs, spare rows not counted."""
         return cache_size(self._config, self._dtype, self._dtype).at(tokens)
 
     def close(self) -> None:
@@ -149,10 +149,10 @@ def sample(
         tokens = logits.argmax(-1)
     else:
         cumulative = logprobs.double().exp().cumsum(-1)
-        # Scaled to the sum's own rounding, and right-open: a token of probability 0 is never drawn.
-        targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
+        total = cumulative[:, -1:]
+        # Below the total even where the product rounds up to it: a token of probability 0 is never drawn.
+        targets = (uniforms.unsqueeze(-1) * total).minimum(total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 

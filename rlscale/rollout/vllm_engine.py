@@ -151,7 +151,7 @@ class VLLMEngine:
         self._engine.set_weight_version(str(version))
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that one sequence of `tokens` tokens takes from vLLM's pool: whole blocks, padding and all."""
+        """Bytes that one sequence of `tokens` tokens takes from vLLM's pool, in whole blocks."""
         from vllm.v1.kv_cache_interface import MambaSpec
 
         config = self._engine.engine_core.engine_core.scheduler.kv_cache_config
