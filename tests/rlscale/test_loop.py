@@ -1,0 +1,147 @@
+"""The loop on real parts in one process: a learner, the reference engine, and weights handed over directly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlscale.config import RunConfig, parse_config
+from rlscale.experience import collect
+from rlscale.learner.learner import Learner, LearnerSpec
+from rlscale.loop import train, training_problems
+from rlscale.models import model_config, tokenizer_for
+from rlscale.rollout.reference_engine import ReferenceEngine
+from rlscale.runs import RunFolder, read_run
+from rlscale.tasks import make_task
+from rlscale.types import Completion, GenerationReport, Sampling
+from rlscale.weights.base import SyncReport
+
+
+def settings(**changes: object) -> RunConfig:
+    tree = {
+        "steps": 4,
+        "seed": 3,
+        "model": {"overrides": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}},
+        "task": {"name": "reversal", "required_length": 3, "options": {"alphabet": 5}, "reward": "prefix"},
+        "rollout": {"engine": "reference", "prompts_per_step": 4, "samples_per_prompt": 4},
+        "evaluation": {"every": 2, "prompts": 6},
+        "checkpoint": {"every": 2, "keep": 2},
+    }
+    tree["model"]["overrides"] |= {"full_attention_layers": [2], "first_k_dense_replace": 2}
+    return parse_config(RunConfig, tree | changes)
+
+
+class Direct:
+    """The synchronizer of one process: the engine reads the learner's own tensors."""
+
+    def __init__(self, learner: Learner, engine: ReferenceEngine) -> None:
+        self.learner, self.engine, self.version = learner, engine, -1
+
+    def sync_weights(self) -> SyncReport:
+        self.version += 1
+        self.engine.load_weights(self.learner.named_weights(), self.version)
+        return SyncReport(self.version, 0, 0.0)
+
+    def close(self) -> None: ...
+
+
+def run(config: RunConfig, folder: RunFolder, stop_after: int | None = None) -> list[dict[str, float]]:
+    """Trains into `folder`, from its newest checkpoint if it has one; returns the steps' metrics."""
+    model = model_config(config.model, config.architecture)
+    task = make_task(config.task.name, config.task.required_length, config.task.options)
+    learner = LearnerSpec(model, torch.float32).build(config.learner, config.algorithm, config.seed)
+    if latest := folder.latest_checkpoint():
+        learner.load(latest[1])
+    engine = ReferenceEngine(model, torch.float32, 64, 64)
+    seen = []
+    steps = train(config, task, tokenizer_for(config.model), learner, engine, Direct(learner, engine), folder)
+    for report in steps:
+        seen.append(dict(report.metrics))
+        if report.step == stop_after:
+            break
+    return seen
+
+
+TIMINGS = ("_s", "_per_s", "weight_version")
+
+
+def without_timings(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in step.items() if not k.endswith(TIMINGS)} for step in metrics]
+
+
+def test_a_run_leaves_metrics_evaluations_samples_and_checkpoints(tmp_path: Path) -> None:
+    config = settings()
+    with RunFolder.create(tmp_path / "run", config) as folder:
+        run(config, folder)
+    record = read_run(tmp_path / "run")
+    assert [step["step"] for step in record.metrics] == [1, 2, 3, 4]
+    assert [held_out["step"] for held_out in record.evaluations] == [0, 2, 4]
+    assert all(len(held_out["pass_rates"]) == 6 for held_out in record.evaluations)
+    assert [step["weight_version"] for step in record.metrics] == [1, 2, 3, 4]
+    tokens = [step["generated_tokens"] for step in record.metrics]
+    assert tokens == sorted(tokens)
+    assert tokens[0] > 0
+    # The engine and the learner are one model: what they disagree on is rounding.
+    assert max(step["mismatch_max"] for step in record.metrics) < 1e-3
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 2, 4}
+    assert (tmp_path / "run" / "checkpoints" / "step_000004").is_dir()
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    config = settings()
+    with RunFolder.create(tmp_path / "whole", config) as folder:
+        whole = run(config, folder)
+    with RunFolder.create(tmp_path / "broken", config) as folder:
+        first = run(config, folder, stop_after=3)
+    with RunFolder.resume(tmp_path / "broken", config) as folder:
+        second = run(config, folder)
+    assert without_timings(first[:3] + second) == without_timings(whole)
+    joined = read_run(tmp_path / "broken")
+    assert [step["step"] for step in joined.metrics] == [1, 2, 3, 4]
+    assert [held_out["step"] for held_out in joined.evaluations] == [0, 2, 4]
+
+
+def test_no_problem_is_drawn_twice_in_a_run_nor_by_two_seeds() -> None:
+    config = settings()
+    task = make_task("reversal", 12, {})
+    keys = [
+        p.key for s in (0, 1) for step in (1, 2, 3) for p in training_problems(task, _seeded(config, s), step)
+    ]
+    assert len(keys) == len(set(keys)) == 2 * 3 * config.rollout.prompts_per_step
+
+
+def _seeded(config: RunConfig, seed: int) -> RunConfig:
+    return config.model_copy(update={"seed": seed})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "reward", "passed"),
+    [
+        ("cba", "stop", 1.0, True),
+        ("cba", "length", 0.0, False),  # right so far, but it did not stop by itself
+        ("cbb", "stop", 0.0, False),
+        ("cbaa", "stop", 0.0, False),
+        ("", "stop", 0.0, False),
+    ],
+)
+def test_only_the_answer_that_stops_by_itself_passes(
+    text: str, reason: str, reward: float, passed: bool
+) -> None:
+    tokenizer = tokenizer_for(settings().model)
+    task = make_task("reversal", 3, {})
+    problem = dataclasses.replace(task.problem("train", 0), prompt="abc=", answer="cba")
+    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (reason == "stop")
+
+    class Scripted:
+        def generate(self, prompts: object, sampling: object) -> GenerationReport:
+            return GenerationReport([[Completion(ids, [0.0] * len(ids), [0] * len(ids), reason)]], 1.0)
+
+    experience = collect(Scripted(), task, tokenizer, [problem], Sampling(4), "exact")
+    assert experience.rollouts[0].reward == reward
+    assert experience.passed == [passed]
+    assert experience.truncated_fraction == (reason == "length")
