@@ -79,7 +79,7 @@ class KimiLinearModel(nn.Module):
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layers = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         self.layers: Any = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -252,6 +252,8 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding | Router):
             nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, Experts):
             for weight in (module.w1, module.w2, module.w3):
                 nn.init.normal_(weight, std=std)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from kimi_linear.ops.packing import chunk_layout
 
@@ -54,19 +53,15 @@ def chunked_kda(
     # [chunks, HV, C, ...]; padding has k = beta = g = 0 and so leaves the state as it is.
     q, k, v, g, beta = (layout.pad(x).transpose(1, 2).contiguous() for x in (q, k, v, g, beta.unsqueeze(-1)))
 
-    to_start = g.cumsum(-2)
-    # Summed from the end rather than as a difference of prefixes, which would lose small gates beside large
-    # ones.
-    to_end = F.pad(g[:, :, 1:], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-    scores_qk, scores_kk = DecayedScores.apply(q, k, g)
+    scores_qk, scores_kk, from_start, to_end = ChunkProducts.apply(q, k, g)
     system = beta * scores_kk
-    right = torch.cat((beta * v, beta * k * to_start.exp()), dim=-1)
+    right = beta * torch.cat((v, k * from_start), dim=-1)
     # Unit lower triangular: the diagonal is taken as 1 and the rest of `system` above it is never read.
     u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         (value_dim, key_dim), dim=-1
     )
-    k_to_end = (k * to_end.exp()).transpose(-1, -2)
-    chunk_decay = to_start[:, :, -1, :, None].exp()
+    k_to_end = (k * to_end).transpose(-1, -2)
+    chunk_decay = from_start[:, :, -1, :, None]
 
     states, corrected, final = [], [], []
     state = state[layout.order]
@@ -82,7 +77,7 @@ def chunked_kda(
         state = decay_c * state + k_c @ v_c
     final.append(state)
 
-    o = (q * to_start.exp()) @ torch.cat(states) + scores_qk @ torch.cat(corrected)
+    o = (q * from_start) @ torch.cat(states) + scores_qk @ torch.cat(corrected)
     o = layout.unpad((scale * o).transpose(1, 2))
     return o, torch.cat(final[::-1])[layout.ranks]
 
@@ -95,72 +90,77 @@ def chunk_size_for(longest: int) -> int:
     return size
 
 
-class DecayedScores(torch.autograd.Function):
-    """Decayed products of all pairs in a chunk: sum_d (x_i k_j exp(g_{j+1} + ... + g_i))_d, x = q and x = k.
+class ChunkProducts(torch.autograd.Function):
+    """What a chunk's tokens are to each other and to its two ends, from q, k and g [M, H, C, K], C a power of
+    two.
+
+    forward returns
+        scores_qk [M, H, C, C]: sum_d q_i k_j exp(g_{j+1} + ... + g_i) for i >= j, zero elsewhere;
+        scores_kk [M, H, C, C]: the same with k_i for q_i and i > j;
+        from_start, to_end [M, H, C, K]: exp of the gates up to and with a token, and of those after it.
 
     Cut a block of tokens in two halves: for i in the later and j in the earlier one, the decay is the decay
-    from the cut to i times the decay from j to the cut. Both are exponentials of sums of gates, never
-    positive, never a difference of larger sums, and neither sees a gate after i. So one matrix product serves
-    all such pairs of the block, and cutting blocks of C, C / 2, ..., 2 tokens meets every pair i > j exactly
-    once.
+    from the cut to i times the decay from j to the cut, so one matrix product serves all such pairs of the
+    block. Cutting blocks of 2, 4, ..., C tokens meets every pair i > j once. Decays only ever multiply, so
+    nothing overflows, nothing is the difference of larger sums, and no gate after i has a part in row i.
 
-    forward(q, k, g), all [M, H, C, K] with C a power of two, returns
-        scores_qk [M, H, C, C], lower triangular with its diagonal (x = q),
-        scores_kk [M, H, C, C], strictly lower triangular (x = k).
     Only the inputs are kept for the backward pass; decays are computed again there.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(q, k, g)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         size = q.shape[2]
         scores_qk = q.new_zeros(*q.shape[:2], size, size)
         scores_kk = torch.zeros_like(scores_qk)
         scores_qk.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-        for half, from_cut, to_cut in decays_by_cut(g):
-            columns = earlier(k, half) * to_cut
-            for x, scores in ((q, scores_qk), (k, scores_kk)):
-                rows = later(x, half) * from_cut
-                below_cut(scores, half).copy_(rows @ columns.transpose(-1, -2))
-        return scores_qk, scores_kk
+        from_start, to_end = g.exp(), torch.ones_like(g)
+        for half, from_cut, to_cut in cuts(from_start, to_end):
+            columns = (earlier(k, half) * to_cut).transpose(-1, -2)
+            below_cut(scores_qk, half).copy_((later(q, half) * from_cut) @ columns)
+            below_cut(scores_kk, half).copy_((later(k, half) * from_cut) @ columns)
+        ctx.save_for_backward(q, k, g, from_start, to_end)
+        return scores_qk, scores_kk, from_start, to_end
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, g = ctx.saved_tensors
-        grad_qk, grad_kk = (grad.contiguous() for grad in grad_outputs)
-        diagonal = grad_qk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        grad_q = torch.zeros_like(q)
-        grad_k_row, grad_k_column = torch.zeros_like(k), torch.zeros_like(k)
-        for half, from_cut, to_cut in decays_by_cut(g):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, g, from_start, to_end = ctx.saved_tensors
+        grad_qk, grad_kk, grad_from_start, grad_to_end = (grad.contiguous() for grad in grads)
+        grad_q, grad_k_row, grad_k_column = (torch.zeros_like(x) for x in (q, k, k))
+        for half, from_cut, to_cut in cuts(g.exp(), torch.ones_like(g)):
             columns = earlier(k, half) * to_cut
-            for x, grad_x, grad in ((q, grad_q, grad_qk), (k, grad_k_row, grad_kk)):
-                block = below_cut(grad, half)
-                later(grad_x, half).addcmul_(block @ columns, from_cut)
-                rows = later(x, half) * from_cut
-                earlier(grad_k_column, half).addcmul_(block.transpose(-1, -2) @ rows, to_cut)
-        # A pair's decay holds the gates of j + 1 to i: its gradient enters at i, leaves at j, and sums from
-        # the end.
-        grad_g = (q * grad_q + k * (grad_k_row - grad_k_column)).flip(-2).cumsum(-2).flip(-2)
+            block_qk, block_kk = (below_cut(grad, half).contiguous() for grad in (grad_qk, grad_kk))
+            later(grad_q, half).addcmul_(block_qk @ columns, from_cut)
+            later(grad_k_row, half).addcmul_(block_kk @ columns, from_cut)
+            grad_columns = block_qk.transpose(-1, -2) @ (later(q, half) * from_cut)
+            grad_columns += block_kk.transpose(-1, -2) @ (later(k, half) * from_cut)
+            earlier(grad_k_column, half).addcmul_(grad_columns, to_cut)
+        # The decay from j to i holds the gates of j + 1 to i: its gradient enters at i, leaves at j, and each
+        # gate collects what has entered at it or after. The chunk's start is before, its end after, all
+        # tokens.
+        ends = to_end * grad_to_end
+        entered = q * grad_q + k * (grad_k_row - grad_k_column) + from_start * grad_from_start - ends
+        grad_g = entered.flip(-2).cumsum(-2).flip(-2) + ends.sum(-2, keepdim=True)
+        diagonal = grad_qk.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         return grad_q + diagonal * k, grad_k_row + grad_k_column + diagonal * q, grad_g
 
 
-def decays_by_cut(g: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """For blocks of 2, 4, ..., C tokens cut in halves, yield a half's size and the decays beside the cut.
+def cuts(through: torch.Tensor, after: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """For blocks of 2, 4, ..., C tokens cut in halves: a half's size, and the decays on the two sides of the
+    cut.
 
-    from_cut [..., blocks, half, K]: exp of the gates after the cut up to and with each later token.
-    to_cut [..., blocks, half, K]: exp of the gates after each earlier token up to the cut.
+    Takes exp(g) and ones, both [M, H, C, K], and leaves in their place the decays from the chunk's start
+    through each token and from after each token to the chunk's end. What it yields are views, valid until the
+    next step: from_cut and to_cut, [M, H, blocks, half, K].
     """
-    # Running sums inside each half: up to and with a token, and after it. Grown by one addition a level.
-    through, after = g.clone(), torch.zeros_like(g)
     half = 1
-    while half < g.shape[2]:
-        later_through, earlier_after = later(through, half), earlier(after, half)
-        yield half, later_through.exp(), earlier_after.exp()
-        earlier_total = earlier(through, half)[..., -1:, :].clone()
-        earlier_after += later_through[..., -1:, :]
-        later_through += earlier_total
+    while half < through.shape[2]:
+        from_cut, to_cut = later(through, half), earlier(after, half)
+        yield half, from_cut, to_cut
+        whole_earlier_half = earlier(through, half)[..., -1:, :].clone()
+        to_cut *= from_cut[..., -1:, :]
+        from_cut *= whole_earlier_half
         half *= 2
 
 
