@@ -1,0 +1,369 @@
+"""`chunk_kda` on a GPU: the launches of the chunk kernels and their place in autograd."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from kimi_linear.ops.triton.gradient import gradient_kernel
+from kimi_linear.ops.triton.packing import CHUNK, chunk_table
+from kimi_linear.ops.triton.prepare import prepare_kernel
+from kimi_linear.ops.triton.scan import scan_backward_kernel, scan_forward_kernel
+from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE, SOFTPLUS_GATE
+
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: sizes, activations and packing, without its differentiable tensors."""
+
+    batch: int
+    tokens: int
+    heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    sequences: int
+    scale: float
+    gate: int
+    lower_bound: float
+    sigmoid_beta: bool
+    normalize: bool
+    dtype: torch.dtype
+    cu_seqlens: torch.Tensor | None
+    table: torch.Tensor | None
+    starts: torch.Tensor | None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of all sequences; for packed ones an upper bound that needs no look at their lengths."""
+        if self.table is not None:
+            return self.table.shape[0]
+        return self.batch * triton.cdiv(self.tokens, CHUNK)
+
+    @property
+    def padded_key_dim(self) -> int:
+        return max(16, triton.next_power_of_2(self.key_dim))
+
+    @property
+    def padded_value_dim(self) -> int:
+        return max(16, triton.next_power_of_2(self.value_dim))
+
+    @property
+    def operand(self) -> torch.dtype:
+        """dtype of what the matrix units multiply: bfloat16, whose range no decay leaves, or float32."""
+        # Triton's interpreter multiplies the bits of bfloat16 numbers, so there everything is float32.
+        exact = self.dtype == torch.float32 or isinstance(prepare_kernel, InterpretedFunction)
+        return torch.float32 if exact else torch.bfloat16
+
+    @property
+    def sizes(self) -> dict[str, object]:
+        """Constants that all chunk kernels share."""
+        exact = self.operand == torch.float32
+        return {
+            "HV": self.value_heads,
+            "K": self.key_dim,
+            "KP": self.padded_key_dim,
+            "VARLEN": self.cu_seqlens is not None,
+            "OPERAND": tl.float32 if exact else tl.bfloat16,
+            "PRECISION": "ieee" if exact else "tf32",
+        }
+
+    @property
+    def activations(self) -> dict[str, object]:
+        return {"GATE": self.gate, "BETA_SIGMOID": self.sigmoid_beta, "NORMALIZE": self.normalize}
+
+    def scan_options(self) -> tuple[dict[str, int], int]:
+        """Value channels a program, pipeline depth, and the number of slices they make."""
+        # The scan is a chain of dependent steps: fewer channels a program shorten a step and fill more
+        # multiprocessors, but each slice reads all keys again. So: the widest slice that gives each one some work.
+        block = min(64, self.padded_value_dim)
+        while block > 16 and self.sequences * self.value_heads * triton.cdiv(self.value_dim, block) < 120:
+            block //= 2
+        wide = self.padded_key_dim * self.operand.itemsize > 256
+        options = {"BV": block, "STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
+        return options, triton.cdiv(self.value_dim, block)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare_kernel` writes, in tile order."""
+
+    read_keys: torch.Tensor
+    queries: torch.Tensor
+    write_keys: torch.Tensor
+    decay: torch.Tensor
+    gains: torch.Tensor
+    inverse: torch.Tensor
+    attention: torch.Tensor
+
+
+def prepare(
+    p: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    a_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+) -> Prepared:
+    blocks = (p.chunks, p.value_heads)
+    keys = torch.empty(3, *blocks, CHUNK, p.padded_key_dim, dtype=p.operand, device=q.device)
+    squares = torch.empty(2, *blocks, CHUNK, CHUNK, dtype=p.operand, device=q.device)
+    decay = torch.empty(*blocks, p.padded_key_dim, dtype=torch.float32, device=q.device)
+    gains = torch.empty(*blocks, CHUNK, dtype=torch.float32, device=q.device)
+    prepared = Prepared(keys[0], keys[1], keys[2], decay, gains, squares[0], squares[1])
+    prepare_kernel[(p.chunks * p.value_heads,)](
+        q,
+        k,
+        g,
+        beta,
+        a_log,
+        dt_bias,
+        prepared.read_keys,
+        prepared.queries,
+        prepared.write_keys,
+        prepared.decay,
+        prepared.gains,
+        prepared.inverse,
+        prepared.attention,
+        p.table,
+        p.cu_seqlens,
+        p.tokens,
+        p.sequences,
+        p.scale,
+        p.lower_bound,
+        H=p.heads,
+        BK=min(64, p.padded_key_dim),
+        SOLVE_PRECISION="ieee" if p.operand == torch.float32 else "tf32",
+        num_warps=4,
+        **p.sizes,
+        **p.activations,
+    )
+    return prepared
+
+
+def scan_forward(
+    p: Problem,
+    prepared: Prepared,
+    v: torch.Tensor,
+    o: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    final_state: torch.Tensor | None,
+    states: torch.Tensor | None,
+    deltas: torch.Tensor | None,
+) -> None:
+    options, slices = p.scan_options()
+    scan_forward_kernel[(slices, p.sequences * p.value_heads)](
+        prepared.read_keys,
+        prepared.queries,
+        prepared.write_keys,
+        prepared.decay,
+        prepared.gains,
+        prepared.inverse,
+        prepared.attention,
+        v,
+        o,
+        initial_state,
+        final_state,
+        states,
+        deltas,
+        p.starts,
+        p.cu_seqlens,
+        p.tokens,
+        V=p.value_dim,
+        VP=p.padded_value_dim,
+        **p.sizes,
+        **options,
+    )
+
+
+def new_final_state(p: Problem, like: torch.Tensor) -> torch.Tensor:
+    shape = (p.sequences, p.value_heads, p.key_dim, p.value_dim)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+class ChunkKDA(torch.autograd.Function):
+    """Keeps its inputs alone; the backward pass computes the rest again (about an eighth of its time)."""
+
+    @staticmethod
+    def forward(ctx, p, q, k, v, g, beta, a_log, dt_bias, initial_state, output_final_state):  # type: ignore[no-untyped-def]
+        prepared = prepare(p, q, k, g, beta, a_log, dt_bias)
+        o = torch.empty_like(v)
+        final_state = new_final_state(p, v) if output_final_state else None
+        scan_forward(p, prepared, v, o, initial_state, final_state, None, None)
+        ctx.problem = p
+        ctx.save_for_backward(q, k, v, g, beta, a_log, dt_bias, initial_state)
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, do, final_state_grad):  # type: ignore[no-untyped-def]
+        p: Problem = ctx.problem
+        q, k, v, g, beta, a_log, dt_bias, initial_state = ctx.saved_tensors
+        do = do.contiguous()
+        if final_state_grad is not None:
+            final_state_grad = final_state_grad.contiguous()
+        blocks = (p.chunks, p.value_heads)
+        state_shape = (*blocks, p.padded_key_dim, p.padded_value_dim)
+        value_shape = (*blocks, CHUNK, p.padded_value_dim)
+        # Value channels that a slice pads are never written, and the gradient reads them: zeros.
+        new = torch.empty if p.value_dim == p.padded_value_dim else torch.zeros
+        prepared = prepare(p, q, k, g, beta, a_log, dt_bias)
+        states = new(state_shape, dtype=p.operand, device=v.device)
+        deltas = new(value_shape, dtype=p.operand, device=v.device)
+        scan_forward(p, prepared, v, None, initial_state, None, states, deltas)
+
+        state_grads = new(state_shape, dtype=p.operand, device=v.device)
+        error_grads = new(value_shape, dtype=p.operand, device=v.device)
+        initial_state_grad = torch.empty_like(initial_state) if ctx.needs_input_grad[8] else None
+        options, slices = p.scan_options()
+        scan_backward_kernel[(slices, p.sequences * p.value_heads)](
+            prepared.read_keys,
+            prepared.queries,
+            prepared.write_keys,
+            prepared.decay,
+            prepared.inverse,
+            prepared.attention,
+            do,
+            final_state_grad,
+            initial_state_grad,
+            state_grads,
+            error_grads,
+            p.starts,
+            p.cu_seqlens,
+            p.tokens,
+            V=p.value_dim,
+            VP=p.padded_value_dim,
+            **p.sizes,
+            **options,
+        )
+        del prepared
+
+        groups = p.value_heads // p.heads
+        per_head = (*q.shape[:2], p.value_heads, p.key_dim)
+        qk_dtype = q.dtype if groups == 1 else torch.float32
+        dq = torch.empty(per_head, dtype=qk_dtype, device=q.device)
+        dk = torch.empty(per_head, dtype=qk_dtype, device=q.device)
+        dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
+        bias_parts = torch.zeros(*blocks, p.key_dim, device=q.device) if dt_bias is not None else None
+        rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
+        gradient_kernel[(p.chunks * p.value_heads,)](
+            q,
+            k,
+            v,
+            g,
+            beta,
+            a_log,
+            dt_bias,
+            do,
+            states,
+            deltas,
+            state_grads,
+            error_grads,
+            dq,
+            dk,
+            dv,
+            dg,
+            dbeta,
+            bias_parts,
+            rate_parts,
+            p.table,
+            p.cu_seqlens,
+            p.tokens,
+            p.sequences,
+            p.scale,
+            p.lower_bound,
+            H=p.heads,
+            V=p.value_dim,
+            VP=p.padded_value_dim,
+            BK=min(64, p.padded_key_dim),
+            BV=min(64, p.padded_value_dim),
+            num_warps=8,
+            **p.sizes,
+            **p.activations,
+        )
+        if groups > 1:
+            dq = dq.unflatten(2, (p.heads, groups)).sum(3).to(q.dtype)
+            dk = dk.unflatten(2, (p.heads, groups)).sum(3).to(k.dtype)
+        da_log = None if a_log is None else rate_parts.sum(0).view_as(a_log).to(a_log.dtype)
+        ddt_bias = None if dt_bias is None else bias_parts.sum(0).view_as(dt_bias).to(dt_bias.dtype)
+        return None, dq, dk, dv, dg, dbeta, da_log, ddt_bias, initial_state_grad, None
+
+
+def check_head_sizes(q: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError for dtypes and head sizes that the kernels do not take."""
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"the GPU kernels take bfloat16, float16 and float32, got {q.dtype}")
+    for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
+        if size > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"head size {name} = {size} is too large for the GPU kernels: use {MAX_HEAD_SIZE} or less"
+            )
+
+
+def chunk_kda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`kimi_linear.ops.chunk_kda` (arXiv:2510.26692, appendix C) in two launches, and gradients in four.
+
+    Arguments and results are the dispatcher's, which also checks their shapes. Sums have a fixed order, so equal
+    inputs give equal bits, gradients included. Nothing waits for the device.
+    """
+    check_head_sizes(q, v)
+    if cu_seqlens is None:
+        table, starts, sequences = None, None, q.shape[0]
+    else:
+        cu_seqlens = cu_seqlens.contiguous()
+        table, starts = chunk_table(cu_seqlens, q.shape[1])
+        sequences = cu_seqlens.numel() - 1
+    p = Problem(
+        batch=q.shape[0],
+        tokens=q.shape[1],
+        heads=q.shape[2],
+        value_heads=v.shape[2],
+        key_dim=q.shape[3],
+        value_dim=v.shape[3],
+        sequences=sequences,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        gate=gate_kind(use_gate_in_kernel, lower_bound),
+        lower_bound=0.0 if lower_bound is None else lower_bound,
+        sigmoid_beta=use_beta_sigmoid_in_kernel,
+        normalize=use_qk_l2norm_in_kernel,
+        dtype=q.dtype,
+        cu_seqlens=cu_seqlens,
+        table=table,
+        starts=starts,
+    )
+    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    if torch.is_grad_enabled():
+        return ChunkKDA.apply(p, q, k, v, g, beta, A_log, dt_bias, initial_state, output_final_state)
+    prepared = prepare(p, q, k, g, beta, A_log, dt_bias)
+    o = torch.empty_like(v)
+    final_state = new_final_state(p, v) if output_final_state else None
+    scan_forward(p, prepared, v, o, initial_state, final_state, None, None)
+    return o, final_state
+
+
+def gate_kind(use_gate: bool, lower_bound: float | None) -> int:
+    if not use_gate:
+        return NO_GATE.value
+    return SOFTPLUS_GATE.value if lower_bound is None else BOUNDED_GATE.value

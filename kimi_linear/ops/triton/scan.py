@@ -1,0 +1,197 @@
+"""The two scans over chunks that carry the state, forwards and (for gradients) backwards.
+
+Both take what `prepare_kernel` wrote, in tile order. A program owns a slice of BV value channels of one head of
+one sequence, so nothing is exchanged between programs and every sum has one order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN: tl.constexpr, C: tl.constexpr):
+    """First token, length and first chunk of a sequence."""
+    if VARLEN:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        length = (tl.load(cu_seqlens + sequence + 1).to(tl.int64) - start).to(tl.int32)
+        first_chunk = tl.load(chunk_starts + sequence).to(tl.int64)
+    else:
+        start = sequence.to(tl.int64) * T
+        length = T
+        first_chunk = sequence.to(tl.int64) * tl.cdiv(T, C)
+    return start, length, first_chunk
+
+
+@triton.jit
+def scan_forward_kernel(
+    read_keys,
+    queries,
+    write_keys,
+    decay,
+    gains,
+    inverse,
+    attention,
+    v,
+    o,
+    initial_state,
+    final_state,
+    states,
+    deltas,
+    chunk_starts,
+    cu_seqlens,
+    T,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    V: tl.constexpr,
+    VP: tl.constexpr,
+    BV: tl.constexpr,
+    VARLEN: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Per chunk, with S the state at its start:
+
+    delta = inverse (beta v - read_keys S);  o = queries S + attention delta;  S <- decay S + write_keys^T delta.
+
+    With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and delta for the backward
+    pass; without `o` computes no output.
+    """
+    A: tl.constexpr = 16
+    SUB: tl.constexpr = 4
+    C: tl.constexpr = A * SUB
+    v_start = tl.program_id(0) * BV
+    sequence = tl.program_id(1) // HV
+    hv = tl.program_id(1) % HV
+    start, length, first_chunk = place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN, C)
+
+    n = tl.arange(0, C)
+    token = (n % SUB) * A + n // SUB
+    kk = tl.arange(0, KP)
+    vv = v_start + tl.arange(0, BV)
+    v_mask = vv < V
+    state_offsets = (tl.program_id(1).to(tl.int64) * K + kk[:, None]) * V + vv[None, :]
+    state_mask = (kk < K)[:, None] & v_mask[None, :]
+    if initial_state is not None:
+        state = tl.load(initial_state + state_offsets, mask=state_mask, other=0.0)
+    else:
+        state = tl.zeros([KP, BV], dtype=tl.float32)
+
+    v_base = (start * HV + hv) * V
+    block = first_chunk * HV + hv
+    key_offsets = n[:, None] * KP + kk[None, :]
+    square_offsets = n[:, None] * C + n[None, :]
+    for chunk in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
+        keys = tl.load(read_keys + block * (C * KP) + key_offsets)
+        query = tl.load(queries + block * (C * KP) + key_offsets)
+        writes = tl.load(write_keys + block * (C * KP) + key_offsets)
+        solve = tl.load(inverse + block * (C * C) + square_offsets)
+        scores = tl.load(attention + block * (C * C) + square_offsets)
+        gain = tl.load(gains + block * C + n)
+        forget = tl.load(decay + block * KP + kk)
+        v_offsets = v_base + token[:, None] * (HV * V) + vv[None, :]
+        mask = (token < length - chunk * C)[:, None] & v_mask[None, :]
+        values = tl.load(v + v_offsets, mask=mask, other=0.0).to(tl.float32)
+
+        state_operand = state.to(OPERAND)
+        if states is not None:
+            tl.store(states + block * (KP * VP) + kk[:, None] * VP + vv[None, :], state_operand)
+        error = values * gain[:, None] - tl.dot(keys, state_operand, input_precision=PRECISION)
+        delta = tl.dot(solve, error.to(OPERAND), input_precision=PRECISION).to(OPERAND)
+        if deltas is not None:
+            tl.store(deltas + block * (C * VP) + n[:, None] * VP + vv[None, :], delta)
+        if o is not None:
+            output = tl.dot(query, state_operand, input_precision=PRECISION)
+            output = tl.dot(scores, delta, acc=output, input_precision=PRECISION)
+            tl.store(o + v_offsets, output.to(o.dtype.element_ty), mask=mask)
+        state = tl.dot(tl.trans(writes), delta, acc=state * forget[:, None], input_precision=PRECISION)
+        block += HV
+        v_base += C * HV * V
+
+    if final_state is not None:
+        tl.store(final_state + state_offsets, state, mask=state_mask)
+
+
+@triton.jit
+def scan_backward_kernel(
+    read_keys,
+    queries,
+    write_keys,
+    decay,
+    inverse,
+    attention,
+    do,
+    final_state_grad,
+    initial_state_grad,
+    state_grads,
+    error_grads,
+    chunk_starts,
+    cu_seqlens,
+    T,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    V: tl.constexpr,
+    VP: tl.constexpr,
+    BV: tl.constexpr,
+    VARLEN: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`scan_forward_kernel` transposed. Per chunk, last first, with dS the gradient of the state at its end:
+
+    derror = inverse^T (attention^T do + write_keys dS);  dS <- decay dS + queries^T do - read_keys^T derror.
+
+    Writes dS to `state_grads` [chunks, HV, KP, VP] and derror to `error_grads` [chunks, HV, 64, VP].
+    """
+    A: tl.constexpr = 16
+    SUB: tl.constexpr = 4
+    C: tl.constexpr = A * SUB
+    v_start = tl.program_id(0) * BV
+    sequence = tl.program_id(1) // HV
+    hv = tl.program_id(1) % HV
+    start, length, first_chunk = place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN, C)
+
+    n = tl.arange(0, C)
+    token = (n % SUB) * A + n // SUB
+    kk = tl.arange(0, KP)
+    vv = v_start + tl.arange(0, BV)
+    v_mask = vv < V
+    state_offsets = (tl.program_id(1).to(tl.int64) * K + kk[:, None]) * V + vv[None, :]
+    state_mask = (kk < K)[:, None] & v_mask[None, :]
+    if final_state_grad is not None:
+        grad = tl.load(final_state_grad + state_offsets, mask=state_mask, other=0.0)
+    else:
+        grad = tl.zeros([KP, BV], dtype=tl.float32)
+
+    chunks = tl.cdiv(length, C)
+    block = (first_chunk + chunks - 1) * HV + hv
+    v_base = ((start + (chunks - 1) * C) * HV + hv) * V
+    key_offsets = n[:, None] * KP + kk[None, :]
+    square_offsets = n[:, None] * C + n[None, :]
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        keys = tl.load(read_keys + block * (C * KP) + key_offsets)
+        query = tl.load(queries + block * (C * KP) + key_offsets)
+        writes = tl.load(write_keys + block * (C * KP) + key_offsets)
+        solve = tl.load(inverse + block * (C * C) + square_offsets)
+        scores = tl.load(attention + block * (C * C) + square_offsets)
+        forget = tl.load(decay + block * KP + kk)
+        v_offsets = v_base + token[:, None] * (HV * V) + vv[None, :]
+        mask = (token < length - (chunks - 1 - step) * C)[:, None] & v_mask[None, :]
+        output_grad = tl.load(do + v_offsets, mask=mask, other=0.0).to(OPERAND)
+
+        grad_operand = grad.to(OPERAND)
+        tl.store(state_grads + block * (KP * VP) + kk[:, None] * VP + vv[None, :], grad_operand)
+        delta_grad = tl.dot(tl.trans(scores), output_grad, input_precision=PRECISION)
+        delta_grad = tl.dot(writes, grad_operand, acc=delta_grad, input_precision=PRECISION)
+        error_grad = tl.dot(tl.trans(solve), delta_grad.to(OPERAND), input_precision=PRECISION)
+        tl.store(error_grads + block * (C * VP) + n[:, None] * VP + vv[None, :], error_grad.to(OPERAND))
+        grad = tl.dot(tl.trans(query), output_grad, acc=grad * forget[:, None], input_precision=PRECISION)
+        grad = tl.dot(tl.trans(keys), (-error_grad).to(OPERAND), acc=grad, input_precision=PRECISION)
+        block -= HV
+        v_base -= C * HV * V
+
+    if initial_state_grad is not None:
+        tl.store(initial_state_grad + state_offsets, grad, mask=state_mask)

@@ -1,0 +1,124 @@
+"""Device functions shared by the chunk kernels: the order of a tile's rows, the gate, the segmented decays.
+
+A chunk holds 64 tokens. Its tile is laid out as [A, S, D], token = s * A + a, so that with S warps and one
+warp per row the A tokens of a sub-chunk sit in one thread's registers: scans along them cost no exchange
+between threads. Flattened, row n of a tile is (a, s) = (n // S, n % S); "tile order" below means this order.
+
+Decays between two tokens of a chunk, exp(G_i - G_j) for i > j, are never split around an anchor that could
+overflow. Level h of a binary tree pairs the second half (rows) of each segment of 2h tokens with its first half
+(columns); a row decays from the middle of the segment to i, a column from j to the middle. Both exponents are
+sums of log decays, so at most 0, and neither looks at a token later than i. All exponents are in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+NO_GATE = tl.constexpr(0)
+SOFTPLUS_GATE = tl.constexpr(1)
+BOUNDED_GATE = tl.constexpr(2)
+
+
+@triton.jit
+def place_chunk(chunk, chunk_table, cu_seqlens, T, sequences, VARLEN: tl.constexpr, C: tl.constexpr):
+    """Where chunk number `chunk` lies: its first token in the flattened batch and its number of tokens.
+
+    The number is 0 for chunks that a packed batch does not use.
+    """
+    if VARLEN:
+        sequence = tl.load(chunk_table + 2 * chunk)
+        index = tl.load(chunk_table + 2 * chunk + 1)
+        inside = sequence < sequences
+        end = tl.load(cu_seqlens + sequence + 1, mask=inside, other=0).to(tl.int64)
+        start = tl.load(cu_seqlens + sequence, mask=inside, other=0).to(tl.int64) + index * C
+        rows = tl.where(inside, tl.minimum(end - start, C), 0).to(tl.int32)
+    else:
+        chunks = tl.cdiv(T, C)
+        index = chunk % chunks
+        start = (chunk // chunks).to(tl.int64) * T + index * C
+        rows = tl.minimum(T - index * C, C)
+    return start, rows
+
+
+@triton.jit
+def log2_decay(f, bias, rate, lower_bound, GATE: tl.constexpr):
+    """Base-2 log decay from the raw gate; rate is exp(A_log)."""
+    if GATE == NO_GATE:
+        g = f * LOG2E
+    elif GATE == SOFTPLUS_GATE:
+        x = f + bias
+        e = tl.exp2(-tl.abs(x) * LOG2E)
+        # log2(1 + e) loses the small values of e, which a long memory adds up: there take the series.
+        series = e * (LOG2E + e * (-LOG2E / 2 + e * (LOG2E / 3 - e * (LOG2E / 4))))
+        g = -rate * (tl.maximum(x, 0.0) * LOG2E + tl.where(e < 0.03, series, tl.log2(1.0 + e)))
+    else:
+        g = (lower_bound * LOG2E) / (1.0 + tl.exp2((f + bias) * (-LOG2E * rate)))
+    return g
+
+
+@triton.jit
+def level_exponent(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """Exponent of every token at level h < A: from the segment's middle for rows, up to it for columns.
+
+    `before` [A, S, D] sums the log decay over a token's own segment of h tokens up to and with it, `after` over
+    the tokens behind it.
+    """
+    x = tl.reshape(before, [A // (2 * h), 2, h, S, D])
+    y = tl.reshape(after, [A // (2 * h), 2, h, S, D])
+    second = tl.arange(0, 2)[None, :, None, None, None] == 1
+    return tl.reshape(tl.where(second, x, y), [A, S, D])
+
+
+@triton.jit
+def double_segments(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """The sums of `level_exponent` over segments of 2h tokens, from those over segments of h."""
+    x = tl.reshape(before, [A // (2 * h), 2, h, S, D])
+    y = tl.reshape(after, [A // (2 * h), 2, h, S, D])
+    second = tl.arange(0, 2)[None, :, None, None, None] == 1
+    last = tl.arange(0, h)[None, None, :, None, None] == h - 1
+    first_total = tl.sum(tl.where(last & (second == 0), x, 0.0), axis=1, keep_dims=True)
+    first_total = tl.sum(first_total, axis=2, keep_dims=True)
+    second_total = tl.sum(tl.where(last & second, x, 0.0), axis=1, keep_dims=True)
+    second_total = tl.sum(second_total, axis=2, keep_dims=True)
+    x = tl.where(second, x + first_total, x)
+    y = tl.where(second, y, y + second_total)
+    return tl.reshape(x, [A, S, D]), tl.reshape(y, [A, S, D])
+
+
+@triton.jit
+def sub_chunk_totals(before, A: tl.constexpr):
+    """Log decay of whole sub-chunks [1, S, D], once `before` sums over segments of A tokens."""
+    last = tl.arange(0, A)[:, None, None] == A - 1
+    return tl.sum(tl.where(last, before, 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def double_sub_chunks(offset_before, offset_after, totals, h: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """As `double_segments`, for segments of h sub-chunks: sums over the sub-chunks before and behind each one.
+
+    All three are [1, S, D]; sub-chunk s itself is in neither offset.
+    """
+    second = tl.arange(0, 2)[None, :, None, None] == 1
+    t = tl.reshape(totals, [S // (2 * h), 2, h, D])
+    first_total = tl.sum(tl.sum(tl.where(second, 0.0, t), axis=2, keep_dims=True), axis=1, keep_dims=True)
+    second_total = tl.sum(tl.sum(tl.where(second, t, 0.0), axis=2, keep_dims=True), axis=1, keep_dims=True)
+    x = tl.reshape(offset_before, [S // (2 * h), 2, h, D])
+    y = tl.reshape(offset_after, [S // (2 * h), 2, h, D])
+    x = tl.where(second, x + first_total, x)
+    y = tl.where(second, y, y + second_total)
+    return tl.reshape(x, [1, S, D]), tl.reshape(y, [1, S, D])
+
+
+@triton.jit
+def outer_exponent(before, after, offset_before, offset_after, h: tl.constexpr, S: tl.constexpr):
+    """As `level_exponent`, at the level that pairs halves of h sub-chunks."""
+    second = (tl.arange(0, S) // h) % 2 == 1
+    return tl.where(second[None, :, None], before + offset_before, after + offset_after)
+
+
+@triton.jit
+def level_mask(row, column, h: tl.constexpr):
+    """True where token `row` is in the second half of a segment of 2h tokens and `column` in its first."""
+    return (row // (2 * h) == column // (2 * h)) & ((row // h) % 2 == 1) & ((column // h) % 2 == 0)
