@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 # Latent sizes (kv_lora_rank, qk_rope_head_dim) for which vLLM's MLA backends on the GPU have kernels.
 GPU_LATENT_SIZES = ((512, 64),)
-FULL_ATTENTION = "full_attention"
 
 
 class ServedConfig(KimiLinearConfig):

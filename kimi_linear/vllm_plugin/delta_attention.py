@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import KimiLinearConfig
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
@@ -31,7 +32,6 @@ from kimi_linear.ops import (
     short_convolution,
 )
 from kimi_linear.vllm_plugin.batch import BatchSplit, split_batch
-from kimi_linear.vllm_plugin.config import KimiLinearConfig
 from kimi_linear.vllm_plugin.weights import Part, WeightParts, keep_weights_in_place, new_parameter
 
 

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import KimiLinearConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
-from kimi_linear.vllm_plugin.config import KimiLinearConfig
 from kimi_linear.vllm_plugin.weights import Part, WeightParts, keep_weights_in_place, new_parameter
 
 

@@ -43,7 +43,8 @@ class LatentMetadata(AttentionMetadata):
     Attributes:
         num_decodes: the first tokens of the batch, each of a sequence that decodes one.
         write_blocks, write_offsets: [T], where the latent of each new token goes.
-        blocks: [num_decodes, B], blocks of each decoding sequence, padded with any block.
+        opened: [O], blocks that get their first token.
+        blocks: [num_decodes, B], blocks of each decoding sequence, padded with its first.
         longest: tokens of the longest decoding sequence.
         mask: [num_decodes, 1, longest], 0 where a sequence has a token and -inf beyond.
         prefills: the sequences with several new tokens.
@@ -52,6 +53,7 @@ class LatentMetadata(AttentionMetadata):
     num_decodes: int
     write_blocks: torch.Tensor
     write_offsets: torch.Tensor
+    opened: torch.Tensor
     blocks: torch.Tensor
     longest: int
     mask: torch.Tensor
@@ -85,15 +87,18 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
         split = split_batch(common)
         slots = common.slot_mapping[: common.num_actual_tokens]
         write_blocks = torch.div(slots, self.block_size, rounding_mode="floor")
+        write_offsets = slots - write_blocks * self.block_size
         decoding = split.lengths[: split.num_decodes]
         longest = int(decoding.max()) if split.num_decodes else 0
         beyond = self.positions[:longest] >= decoding.unsqueeze(1)
         mask = torch.zeros(beyond.shape, dtype=self.dtype).masked_fill_(beyond, float("-inf"))
+        table = common.block_table_tensor[: split.num_decodes, : -(longest // -self.block_size)].long()
         return LatentMetadata(
             num_decodes=split.num_decodes,
             write_blocks=write_blocks,
-            write_offsets=slots - write_blocks * self.block_size,
-            blocks=common.block_table_tensor[: split.num_decodes, : -(longest // -self.block_size)].long(),
+            write_offsets=write_offsets,
+            opened=write_blocks[write_offsets == 0],
+            blocks=torch.where(beyond[:, :: self.block_size], table[:, :1], table),
             longest=longest,
             mask=mask.unsqueeze(1),
             prefills=self.prefills(split, common.block_table_tensor),
@@ -209,6 +214,8 @@ class PagedLatentAttention(nn.Module, AttentionLayerBase):
         steps = get_forward_context().attn_metadata
         if steps is not None:
             step = steps[self.prefix]
+            # What an earlier sequence left behind may be NaN, which no mask hides.
+            self.kv_cache.index_fill_(0, step.opened, 0)
             self.kv_cache[step.write_blocks, step.write_offsets] = torch.cat(
                 (latent, k_rope.squeeze(1)), dim=-1
             )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import KimiLinearConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -20,20 +21,20 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from kimi_linear.vllm_plugin.config import FULL_ATTENTION, KimiLinearConfig, is_sparse_layer
+from kimi_linear.config import FULL_ATTENTION, rope_theta, uses_rope
+from kimi_linear.layers.mla import LATENT_NORM_EPS
+from kimi_linear.vllm_plugin.config import is_sparse_layer
 from kimi_linear.vllm_plugin.delta_attention import KimiDeltaAttention, state_dtypes, state_shapes
 from kimi_linear.vllm_plugin.feed_forward import DenseMLP, SparseMoE
 from kimi_linear.vllm_plugin.latent_attention import PagedLatentAttention
 from kimi_linear.vllm_plugin.weights import (
     InPlaceEmbedding,
     Part,
+    WeightParts,
     keep_weights_in_place,
     load_parts,
     weight_map,
 )
-
-# The released model normalises its latent with this, whatever `rms_norm_eps` says.
-LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nn.Module):
@@ -69,11 +70,11 @@ class LatentAttention(nn.Module):
         )
         keep_weights_in_place(self)
         self.rotary = None
-        if not getattr(config, "mla_use_nope", True):
+        if uses_rope(config):
             self.rotary = get_rope(
                 self.rope,
                 max_position=vllm_config.model_config.max_model_len,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                rope_parameters={"rope_type": "default", "rope_theta": rope_theta(config)},
                 is_neox_style=False,
             )
         self.attention = self.make_attention(head_dim**-0.5, vllm_config, f"{prefix}.attention")
@@ -165,12 +166,15 @@ class KimiLinearModel(nn.Module):
         return self.norm(hidden_states, residual)[0]
 
 
-class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
+class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, WeightParts):
     """The architecture that vLLM looks up. Takes the released checkpoint's names."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
+        if current_platform.is_cpu() and vllm_config.model_config.enforce_eager:
+            # vLLM's sampler compiles a sum even so, which takes seconds and needs a C++ compiler.
+            torch.compiler.set_stance("force_eager")
         dot = f"{prefix}." if prefix else ""
         self.model = KimiLinearModel(config, vllm_config, f"{dot}model")
         if config.tie_word_embeddings:
@@ -179,7 +183,16 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid):
             self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=f"{dot}lm_head")
             self.lm_head.quant_method = InPlaceEmbedding()
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.config = config
         self.weight_map: dict[str, Part] = weight_map(self)
+
+    def weight_parts(self) -> dict[str, Part]:
+        # vLLM pads the vocabulary to a multiple of 64; a checkpoint does not.
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        names = ["model.embed_tokens.weight"]
+        if not self.config.tie_word_embeddings:
+            names.append("lm_head.weight")
+        return {name: Part(name, None, shape) for name in names}
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
