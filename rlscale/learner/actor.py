@@ -51,7 +51,7 @@ class LearnerWorker:
             except BaseException as error:  # re-raised below, where Ray can see it
                 news.put(error)
 
-        trainer = threading.Thread(target=train, name="warm-start")
+        trainer = threading.Thread(target=train, name="warm-start", daemon=True)
         trainer.start()
         while True:
             item = news.get()
