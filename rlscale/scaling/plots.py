@@ -1,0 +1,430 @@
+"""The figures of a sweep, each as PNG and SVG.
+
+    pass_rate_steps, pass_rate_tokens, pass_rate_time   held-out pass rate against the three costs
+    throughput, cache                                   rollout tokens/s and cache bytes against length
+    ratio                                               hybrid over full MLA against length
+    diagnostics, step_time                              what to look at when a curve looks odd
+
+Any set of runs will do: one run, one length, one architecture, unfinished runs. Figures that the records
+cannot carry are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from rlscale.errors import UserError
+from rlscale.runs import RunRecord, find_runs
+from rlscale.scaling import style
+from rlscale.scaling.series import (
+    Cell,
+    by_cell,
+    curve,
+    mean_over_seeds,
+    over_steps,
+    prompts_evaluated,
+    require_comparable,
+    wilson,
+)
+from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, Look
+from rlscale.scaling.summary import Ratio, hybrid_to_mla, summarise
+
+Cells = dict[Cell, dict[str, list[RunRecord]]]
+
+
+def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Draws all runs at or below `folders` into `out`; returns the files written.
+
+    Raises:
+        UserError: no runs there, runs of different tasks or model shapes, runs that have nothing to draw yet,
+            or a folder that cannot be written.
+    """
+    runs = find_runs(folders)
+    with style.style():
+        drawn = figures(runs)
+        if not drawn:
+            raise UserError(f"nothing to draw in {folders[0]}: no run there has got as far as an evaluation")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            return [path for name, figure in drawn.items() for path in style.save(figure, out, name)]
+        except OSError as error:
+            raise UserError(f"figures cannot go to {out} ({error.strerror}): choose another folder") from None
+
+
+def figures(runs: Sequence[RunRecord]) -> dict[str, Figure]:
+    """The figures that the runs' records carry, by name. Call it, and save them, inside `style.style()`.
+
+    Raises:
+        UserError: runs of different tasks or model shapes.
+    """
+    require_comparable(runs)
+    cells = by_cell(runs)
+    drawn = {
+        "pass_rate_steps": _pass_rates(cells, "step"),
+        "pass_rate_tokens": _pass_rates(cells, "generated_tokens"),
+        "pass_rate_time": _pass_rates(cells, "wall_s"),
+        "throughput": _against_length(cells, "rollout_tokens_per_s", "rollout tokens per second", 1.0),
+        "cache": _against_length(cells, "cache_bytes_per_sequence", "cache per sequence (KiB)", 1 / 1024),
+        "ratio": _ratios(hybrid_to_mla(summarise(runs))),
+        "diagnostics": _diagnostics(cells),
+        "step_time": _step_times(cells),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _pass_rates(cells: Cells, x: str) -> Figure | None:
+    """Held-out pass rate against `x`: a panel per cell, seeds thin, their mean bold with its interval."""
+    cells = _cells_with(cells, lambda run: curve(run.evaluations, x, "pass_rate").x.size > 0)
+    if not cells:
+        return None
+    columns = {1: 1, 2: 2, 4: 2}.get(len(cells), 3)
+    rows = -(-len(cells) // columns)
+    figure, grid = style.new_figure(rows, columns)
+    panels = [panel for row in grid for panel in row]
+    scale, label = _cost_axis(x, [r.get(x) or 0 for run in _runs(cells) for r in run.evaluations])
+    banded = False
+    for panel, (cell, architectures) in zip(panels, cells.items(), strict=False):
+        for architecture, runs in architectures.items():
+            look = ARCHITECTURES[architecture]
+            seeds = [run.evaluations for run in runs]
+            _seed_lines(panel, seeds, x, "pass_rate", look, scale)
+            mean = mean_over_seeds(seeds, x, "pass_rate")
+            panel.plot(mean.x * scale, mean.y, color=look.colour, ls=look.line, marker=look.marker, zorder=3)
+            prompts = prompts_evaluated(runs)
+            if prompts:
+                low, high = wilson(mean.y, prompts)
+                panel.fill_between(mean.x * scale, low, high, color=look.colour, alpha=0.15, lw=0)
+                banded = True
+        panel.set_ylim(-0.02, 1.02)
+        _from_zero(panel, 5, integer=x == "step")
+        if x == "generated_tokens":
+            panel.xaxis.set_major_formatter(style.engineering())
+        panel.set_title(_cell_title(cell, cells))
+    for panel in panels[len(cells) :]:
+        panel.remove()
+    for i, panel in enumerate(panels[: len(cells)]):
+        if i % columns == 0:
+            panel.set_ylabel("held-out pass rate")
+        else:
+            panel.tick_params(labelleft=False)
+        if i + columns >= len(cells):
+            panel.set_xlabel(label)
+    _legend(figure, cells, banded=banded)
+    return figure
+
+
+def _against_length(cells: Cells, name: str, label: str, scale: float) -> Figure | None:
+    """A metric's median over steps against the required length: dots are runs, the line is their mean."""
+    cells = _cells_with(cells, lambda run: over_steps(run, name) is not None)
+    if not cells:
+        return None
+    figure, [[panel]] = style.new_figure(1, 1, panel_height=2.3)
+    ratios = sorted({cell.budget_ratio for cell in cells})
+    for architecture in _architectures(cells):
+        look = ARCHITECTURES[architecture]
+        for ratio in ratios:
+            lengths, means = [], []
+            for cell, architectures in cells.items():
+                if cell.budget_ratio != ratio or architecture not in architectures:
+                    continue
+                values = [(over_steps(run, name) or 0.0) * scale for run in architectures[architecture]]
+                if len(values) > 1:
+                    panel.plot(
+                        [cell.required_length] * len(values),
+                        values,
+                        color=look.colour,
+                        marker=look.marker,
+                        ls="",
+                        ms=2.5,
+                        alpha=0.5,
+                    )
+                lengths.append(cell.required_length)
+                means.append(float(np.mean(values)))
+            panel.plot(lengths, means, color=look.colour, ls=look.line, **_budget_look(look, ratio, ratios))
+    panel.set_ylim(0, panel.get_ylim()[1] * 1.08)
+    if panel.get_ylim()[1] >= 10_000:
+        panel.yaxis.set_major_formatter(style.engineering())
+    panel.set_ylabel(label)
+    style.length_axis(panel, [cell.required_length for cell in cells])
+    _legend(figure, cells, budgets=ratios, seeds=False)
+    return figure
+
+
+def _ratios(ratios: list[Ratio]) -> Figure | None:
+    """Hybrid over full MLA against length, on a logarithmic axis with 1 marked."""
+    quantities = {
+        "rollout_tokens_per_s": "rollout tokens per second\n(above 1: hybrid faster)",
+        "cache_bytes_per_sequence": "cache per sequence\n(below 1: hybrid smaller)",
+        "pass_rate_end": "final held-out pass rate\n(above 1: hybrid better)",
+    }
+    titles = {q: title for q, title in quantities.items() if any(r.quantity == q for r in ratios)}
+    if not titles:
+        return None
+    figure, [panels] = style.new_figure(1, len(titles))
+    cells = {r: Cell(r.required_length, r.budget) for r in ratios}
+    budgets = sorted({cell.budget_ratio for cell in cells.values()})
+    look = Look("", "black")
+    for panel, (quantity, title) in zip(panels, titles.items(), strict=True):
+        panel.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
+        edges = [1.0]
+        for budget in budgets:
+            found = [r for r in ratios if r.quantity == quantity and cells[r].budget_ratio == budget]
+            lengths, values = [r.required_length for r in found], [r.ratio for r in found]
+            panel.plot(lengths, values, color=look.colour, **_budget_look(look, budget, budgets))
+            for r in found:
+                if r.low is not None and r.high is not None:
+                    panel.plot([r.required_length] * 2, [r.low, r.high], color=look.colour, lw=1)
+                edges += [v for v in (r.low, r.ratio, r.high) if v]
+        panel.set_title(title)
+        _ratio_axis(panel, edges)
+        style.length_axis(panel, [r.required_length for r in ratios if r.quantity == quantity])
+    panels[0].set_ylabel("hybrid / full MLA")
+    handles = _budget_handles(look, budgets)
+    if any(r.low is not None for r in ratios):
+        handles.append(Line2D([], [], color="black", lw=1, label="95% paired bootstrap interval over seeds"))
+    if handles:
+        _place_legend(figure, handles)
+    return figure
+
+
+def _diagnostics(cells: Cells) -> Figure | None:
+    """Reward, truncation, entropy and rollout/learner mismatch against steps, a column per cell."""
+    wanted = {
+        "reward_mean": "training reward",
+        "truncated_fraction": "truncated\nfraction",
+        "entropy": "entropy\n(nats per token)",
+        "mismatch_mean": "mean |log-prob\nmismatch|",
+    }
+    cells = _cells_with(cells, lambda run: any(curve(run.metrics, "step", y).x.size for y in wanted))
+    drawn = {y: t for y, t in wanted.items() if any(curve(r.metrics, "step", y).x.size for r in _runs(cells))}
+    if not drawn:
+        return None
+    figure, grid = style.new_figure(len(drawn), len(cells), panel_height=1.35)
+    for row, (y, text) in zip(grid, drawn.items(), strict=True):
+        for panel, architectures in zip(row, cells.values(), strict=True):
+            for architecture, runs in architectures.items():
+                look = ARCHITECTURES[architecture]
+                seeds = [run.metrics for run in runs]
+                _seed_lines(panel, seeds, "step", y, look, 1.0)
+                mean = mean_over_seeds(seeds, "step", y)
+                panel.plot(mean.x, mean.y, color=look.colour, ls=look.line, lw=1.3, zorder=3)
+            _from_zero(panel, 4, integer=True)
+            panel.tick_params(labelbottom=row is grid[-1], labelleft=panel is row[0])
+        _share_y(row, y)
+        row[0].set_ylabel(text)
+    for panel, cell in zip(grid[0], cells, strict=True):
+        panel.set_title(_cell_title(cell, cells))
+    for panel in grid[-1]:
+        panel.set_xlabel("RL step")
+    figure.align_ylabels()
+    _legend(figure, cells, markers=False)
+    return figure
+
+
+def _step_times(cells: Cells) -> Figure | None:
+    """Where a step's seconds go: a bar for each cell and architecture, phases stacked."""
+    bars: list[tuple[Cell, str, dict[str, float]]] = []
+    for cell, architectures in cells.items():
+        for architecture, runs in architectures.items():
+            means = {
+                name: float(np.mean([v for run in runs if (v := _mean(run, name)) is not None] or [0.0]))
+                for name in ("rollout_s", "train_s", "sync_s", "step_s")
+            }
+            if means["step_s"] > 0:
+                phases = {name: means[name] for name in ("rollout_s", "train_s", "sync_s")}
+                phases["other_s"] = max(0.0, means["step_s"] - sum(phases.values()))
+                bars.append((cell, architecture, phases))
+    if not bars:
+        return None
+    figure, [[panel]] = style.new_figure(1, 1, panel_height=2.3)
+    figure.set_figwidth(min(style.PAGE_WIDTH, max(style.COLUMN_WIDTH, 0.6 * len(bars) + 0.8)))
+    shown = list(dict.fromkeys(cell for cell, _, _ in bars))
+    positions = [i + 0.6 * shown.index(cell) for i, (cell, _, _) in enumerate(bars)]
+    bottom = np.zeros(len(bars))
+    for name, look in PHASES.items():
+        heights = np.array([phases[name] for _, _, phases in bars])
+        if heights.max() < 0.01 * bottom.max():
+            continue  # too thin to be seen
+        panel.bar(
+            positions,
+            heights,
+            0.75,
+            bottom,
+            label=look.label,
+            color=look.colour,
+            hatch=look.hatch,
+            edgecolor="white",
+            lw=0.5,
+        )
+        bottom += heights
+    panel.set_xlim(positions[0] - 0.7, positions[-1] + 0.7)
+    panel.set_xticks(positions, [{"hybrid": "hybrid", "mla": "MLA"}[a] for _, a, _ in bars])
+    panel.tick_params(axis="x", length=0)
+    panel.grid(axis="x", visible=False)
+    for cell in shown:
+        centre = float(np.mean([p for p, (c, _, _) in zip(positions, bars, strict=True) if c == cell]))
+        panel.annotate(
+            _cell_title(cell, cells).replace(", ", "\n"),
+            (centre, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -18),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+        )
+    panel.set_ylabel("seconds per step")
+    _place_legend(figure, panel.get_legend_handles_labels()[0])
+    return figure
+
+
+def _from_zero(panel: Axes, ticks: int, *, integer: bool) -> None:
+    """Starts the x axis just left of 0, so that the marker of step 0 is whole; ticks at round numbers."""
+    right = max(panel.dataLim.x1, 1e-9)
+    panel.set_xlim(-0.03 * right, 1.03 * right)
+    panel.xaxis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=[1, 2, 5, 10]))
+
+
+def _seed_lines(panel: Axes, seeds: Sequence[Any], x: str, y: str, look: Look, scale: float) -> None:
+    """Thin lines, one a seed; a single seed is its own mean and gets none."""
+    if len(seeds) > 1:
+        for records in seeds:
+            one = curve(records, x, y)
+            panel.plot(one.x * scale, one.y, color=look.colour, ls=look.line, lw=0.6, alpha=0.6)
+
+
+def _cost_axis(x: str, values: Sequence[float]) -> tuple[float, str]:
+    """Factor from the records' unit to the axis', and the axis' label."""
+    if x == "step":
+        return 1.0, "RL step"
+    if x == "generated_tokens":
+        return 1.0, "generated tokens"
+    longest = max(values, default=0.0)
+    if longest > 3 * 3600:
+        return 1 / 3600, "wall-clock (hours)"
+    return (1 / 60, "wall-clock (minutes)") if longest > 180 else (1.0, "wall-clock (seconds)")
+
+
+def _ratio_axis(panel: Axes, edges: Sequence[float]) -> None:
+    """Logarithmic and symmetric about 1, so that 2 and 1/2 look alike."""
+    reach = max(1.25, *(max(edge, 1 / edge) for edge in edges)) ** 1.15
+    panel.set_yscale("log")
+    panel.set_ylim(1 / reach, reach)
+    if reach < 10:
+        ticks = [1.0]
+        for above, below in ((1.1, 0.9), (1.25, 0.8), (1.5, 0.67), (2, 0.5), (3, 0.33), (5, 0.2), (8, 0.125)):
+            if max(ticks) * reach ** (1 / 6) <= above <= reach:  # some ten ticks, none in another's way
+                ticks += [above, below]
+        panel.set_yticks(ticks)
+    else:
+        panel.yaxis.set_major_locator(LogLocator(10))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+
+
+def _share_y(row: Sequence[Axes], y: str) -> None:
+    """One scale for a row of panels, chosen by what the metric is."""
+    if y == "reward_mean":
+        limits = (-0.04, 1.04)
+    elif y == "truncated_fraction":
+        top = min(1.0, max(0.1, *(panel.dataLim.y1 for panel in row)))
+        limits = (-0.04 * top, 1.04 * top)
+    elif y == "mismatch_mean":
+        values = [v for panel in row for line in panel.lines for v in np.asarray(line.get_ydata()) if v > 0]
+        if not values:
+            limits = (-0.04, 1.04)
+        else:
+            for panel in row:
+                panel.set_yscale("log")
+                panel.yaxis.set_minor_formatter(NullFormatter())
+            limits = (10 ** np.floor(np.log10(min(values))), 10 ** np.ceil(np.log10(max(values) * 1.001)))
+    else:
+        limits = (0.0, 1.05 * max(panel.dataLim.y1 for panel in row))
+    for panel in row:
+        panel.set_ylim(limits)
+
+
+def _legend(
+    figure: Figure,
+    cells: Cells,
+    *,
+    budgets: Sequence[float] = (),
+    banded: bool = False,
+    markers: bool = True,
+    seeds: bool = True,
+) -> None:
+    handles: list[Any] = []
+    for architecture in _architectures(cells):
+        look = ARCHITECTURES[architecture]
+        marker = look.marker if markers else None
+        handles.append(Line2D([], [], color=look.colour, ls=look.line, marker=marker, label=look.label))
+    handles += _budget_handles(Look("", GREY), budgets)
+    if seeds and any(len(runs) > 1 for architectures in cells.values() for runs in architectures.values()):
+        handles.append(Line2D([], [], color=GREY, lw=0.6, label="single seeds"))
+    if banded:
+        handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="95% interval over prompts"))
+    _place_legend(figure, handles)
+
+
+def _place_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Above the panels: one row on a page's width, two or three columns on a column's."""
+    columns = len(handles)
+    if figure.get_figwidth() < 0.7 * style.PAGE_WIDTH:
+        columns = 3 if max(len(h.get_label()) for h in handles) < 12 else 2
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+
+
+def _budget_look(look: Look, ratio: float, ratios: Sequence[float]) -> dict[str, Any]:
+    """Markers that tell budgets apart: filled, hollow, half filled; lines grow thinner."""
+    i = ratios.index(ratio)
+    fill = ("full", "none", "left", "bottom")[i % 4]
+    return {"marker": look.marker, "fillstyle": fill, "lw": 1.6 / (1 + 0.5 * i)}
+
+
+def _budget_handles(look: Look, ratios: Sequence[float]) -> list[Line2D]:
+    if len(ratios) < 2:
+        return []
+    return [
+        Line2D([], [], color=look.colour, label=f"budget × {ratio:g}", **_budget_look(look, ratio, ratios))
+        for ratio in ratios
+    ]
+
+
+def _cell_title(cell: Cell, cells: Cells) -> str:
+    lengths = [c.required_length for c in cells]
+    budget = f", budget {cell.budget}" if len(set(lengths)) < len(lengths) else ""
+    return f"{cell.required_length} tokens required{budget}"
+
+
+def _cells_with(cells: Cells, has: Callable[[RunRecord], bool]) -> Cells:
+    """The runs that satisfy `has`, empty groups and cells dropped."""
+    kept: Cells = {}
+    for cell, architectures in cells.items():
+        groups = {a: [run for run in runs if has(run)] for a, runs in architectures.items()}
+        groups = {a: runs for a, runs in groups.items() if runs}
+        if groups:
+            kept[cell] = groups
+    return kept
+
+
+def _runs(cells: Cells) -> list[RunRecord]:
+    return [run for architectures in cells.values() for runs in architectures.values() for run in runs]
+
+
+def _architectures(cells: Cells) -> list[str]:
+    present = {a for architectures in cells.values() for a in architectures}
+    return [a for a in ARCHITECTURES if a in present]
+
+
+def _mean(run: RunRecord, name: str) -> float | None:
+    values = [m[name] for m in run.metrics if m.get(name) is not None]
+    return float(np.mean(values)) if values else None

@@ -1,0 +1,114 @@
+"""How figures look: one set of sizes, and one colour, marker and line for each thing that is compared.
+
+Colours are Okabe and Ito's, which the common forms of colour blindness keep apart; markers, dashes and
+hatches say the same again for print in grey.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, ScalarFormatter
+
+# Inches: the text width of a two-column page, and of one column.
+PAGE_WIDTH = 7.0
+COLUMN_WIDTH = 3.4
+PANEL_HEIGHT = 2.1
+
+BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+GREY = "#666666"
+
+RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look alike everywhere
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.5,
+    "savefig.dpi": 200,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "rlscale",  # the same data give the same file
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What stands for one thing in every figure."""
+
+    label: str
+    colour: str
+    marker: str = "o"
+    line: str | tuple[float, tuple[float, ...]] = "-"
+    hatch: str = ""
+
+
+ARCHITECTURES = {
+    "hybrid": Look("KDA/MLA hybrid", BLUE, "o", "-"),
+    "mla": Look("full MLA", VERMILLION, "s", (0, (4, 1.5))),
+}
+PHASES = {
+    "rollout_s": Look("rollout", BLUE, hatch=""),
+    "train_s": Look("learner", ORANGE, hatch="////"),
+    "sync_s": Look("weight sync", GREEN, hatch="...."),
+    "other_s": Look("other", "#BBBBBB", hatch="xxxx"),
+}
+
+
+def new_figure(
+    rows: int, columns: int, panel_height: float = PANEL_HEIGHT
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of `rows` x `columns` panels: as wide as a column of text for one panel, as a page for
+    several, and wider only where panels would become slivers."""
+    width = COLUMN_WIDTH if columns == 1 else max(PAGE_WIDTH, 1.3 * columns)
+    figure = Figure(figsize=(width, rows * panel_height + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    return figure, [list(row) for row in grid]
+
+
+def length_axis(axes: Axes, lengths: list[int]) -> None:
+    """A logarithmic axis of output lengths, with a tick at each length measured (thinned where crowded)."""
+    lengths = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
+    crowded = len(lengths) // 9 + 1
+    axes.xaxis.set_major_locator(FixedLocator(lengths[::crowded]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("required output length (tokens)")
+
+
+def engineering(unit: str = "") -> EngFormatter:
+    """1500 as 1.5k, 2000000 as 2M."""
+    return EngFormatter(unit=unit, sep="")
+
+
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
+    """Writes `name`.png and `name`.svg into `out`."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for both files
+    paths = [out / f"{name}.png", out / f"{name}.svg"]
+    figure.savefig(paths[0])
+    figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def style() -> Any:
+    """Context in which figures must be made and saved; leaves matplotlib's settings outside it alone."""
+    return mpl.rc_context(RC)
