@@ -399,3 +399,34 @@ def test_a_config_of_another_version_is_named(tmp_path: Path) -> None:
         UserError, match=r"config\.yaml is no config of this version: unknown config key 'momentum'"
     ):
         read_run(tmp_path)
+
+
+def test_check_raises_what_create_and_resume_would_and_changes_nothing(tmp_path: Path) -> None:
+    new, taken = tmp_path / "new", tmp_path / "taken"
+    RunFolder.check(new, config())
+    assert not new.exists()
+    run = RunFolder.create(taken, config())
+    train(run, 0, 6)
+    run.close()
+    before = snapshot(taken)
+    RunFolder.check(taken, config(), overwrite=True)
+    RunFolder.check(taken, config(), resume=True)
+    with pytest.raises(UserError, match="is unfinished: --resume continues it"):
+        RunFolder.check(taken, config())
+    with pytest.raises(UserError, match="has seed = 0, not 5"):
+        RunFolder.check(taken, config(seed=5), resume=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        RunFolder.check(new, config(), resume=True)
+    assert snapshot(taken) == before
+
+
+def test_the_warm_start_is_kept_through_a_resume_and_goes_with_an_overwrite(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, config())
+    assert read_run(tmp_path).warm_start is None
+    run.log_warm_start({"steps": 150, "pass_rate": 0.42, "wall_s": 3.5})
+    save(run, 0)
+    run.close()
+    RunFolder.resume(tmp_path, config()).close()
+    assert read_run(tmp_path).warm_start == {"steps": 150, "pass_rate": 0.42, "wall_s": 3.5}
+    RunFolder.create(tmp_path, config(), overwrite=True).close()
+    assert read_run(tmp_path).warm_start is None
