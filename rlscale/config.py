@@ -164,6 +164,15 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _every_update_has_a_prompt(self) -> RunConfig:
+        if self.learner.updates_per_step > self.rollout.prompts_per_step:
+            raise ValueError(
+                f"learner.updates_per_step={self.learner.updates_per_step} needs as many "
+                f"rollout.prompts_per_step, not {self.rollout.prompts_per_step}"
+            )
+        return self
+
     @property
     def budget(self) -> int:
         """Tokens that a completion may have, end-of-sequence included."""

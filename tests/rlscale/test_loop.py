@@ -1,4 +1,4 @@
-"""The loop on real parts in one process: a learner, the reference engine, and weights handed over directly."""
+"""The loop on real parts in one process: a learner, the reference engine, weights handed over directly."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_only_the_answer_that_stops_by_itself_passes(
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (reason == "stop")
 
     class Scripted:
-        def generate(self, prompts: object, sampling: object) -> GenerationReport:
+        def generate(self, _prompts: object, _sampling: object) -> GenerationReport:
             return GenerationReport([[Completion(ids, [0.0] * len(ids), [0] * len(ids), reason)]], 1.0)
 
     experience = collect(Scripted(), task, tokenizer, [problem], Sampling(4), "exact")
