@@ -1,0 +1,72 @@
+"""The short convolution over packed sequences, its state and its single step."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_linear.ops import convolution_state, convolution_step, short_convolution
+
+
+def expected_outputs(
+    x: torch.Tensor, weight: torch.Tensor, cu_seqlens: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's own convolution of each sequence with its history before it."""
+    width = weight.shape[1]
+    outputs, states = [], []
+    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        rows = torch.cat((state[n], x[start:end]))
+        filtered = F.conv1d(rows.t()[None], weight[:, None], groups=len(weight)) if end > start else None
+        outputs.append(x[:0] if filtered is None else F.silu(filtered[0].t()))
+        states.append(rows[len(rows) - (width - 1) :])
+    return torch.cat(outputs), torch.stack(states)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    width=st.integers(2, 5),
+    with_state=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_packed_convolution_equals_each_sequence_alone(
+    lengths: list[int], width: int, with_state: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    x, weight = torch.randn(sum(lengths), 3), torch.randn(3, width)
+    state = torch.randn(len(lengths), width - 1, 3) if with_state else torch.zeros(len(lengths), width - 1, 3)
+    expected, expected_state = expected_outputs(x, weight, cu_seqlens, state)
+    given_state = state if with_state else None
+    torch.testing.assert_close(short_convolution(x, weight, cu_seqlens, given_state), expected)
+    torch.testing.assert_close(convolution_state(x, width, cu_seqlens, given_state), expected_state)
+
+
+def test_steps_equal_the_convolution_of_the_whole() -> None:
+    x, weight = torch.randn(4, 10, 6), torch.randn(6, 4)
+    whole = short_convolution(x.flatten(0, 1), weight, torch.arange(5) * 10).view(4, 10, 6)
+    state = torch.zeros(4, 3, 6)
+    for t in range(10):
+        y, state = convolution_step(x[:, t], weight, state)
+        torch.testing.assert_close(y, whole[:, t])
+    assert torch.equal(state, x[:, -3:])
+
+
+def test_gradcheck_passes_for_inputs_weights_and_state() -> None:
+    cu_seqlens = torch.tensor([0, 1, 1, 8, 10])
+    x = torch.randn(10, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: short_convolution(t[0], t[1], cu_seqlens, t[2]), (x, weight, state)
+    )
+    assert torch.autograd.gradcheck(lambda *t: short_convolution(t[0], t[1], cu_seqlens), (x, weight))
+
+
+def test_no_gradient_crosses_a_boundary() -> None:
+    x = torch.randn(9, 2, requires_grad=True)
+    short_convolution(x, torch.randn(2, 4), torch.tensor([0, 5, 9]))[5:].sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad[:5], torch.zeros(5, 2))
