@@ -103,12 +103,13 @@ class LatentAttention(nn.Module):
         """positions [T], hidden_states [T, hidden] -> [T, hidden]."""
         q = self.q_proj(hidden_states)[0].unflatten(-1, (self.heads, -1))
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states)[0].split((self.rank, self.rope), dim=-1)
-        latent, k_rope = self.kv_a_layernorm(latent), k_rope.unsqueeze(1)
+        latent = self.kv_a_layernorm(latent)
         if self.rotary is not None:
-            q_rope, k_rope = self.rotary(positions, q[..., self.nope :].contiguous(), k_rope.contiguous())
-            q = torch.cat((q[..., : self.nope], q_rope), dim=-1)
+            # vLLM's kernel on the CPU takes heads side by side, and works in place.
+            q_rope, k_rope = self.rotary(positions, q[..., self.nope :].flatten(1), k_rope.contiguous())
+            q = torch.cat((q[..., : self.nope], q_rope.unflatten(-1, (self.heads, -1))), dim=-1)
         shape = torch.Size((hidden_states.shape[0], self.heads * self.v_dim))
-        return self.o_proj(self.attention(q, latent, k_rope, output_shape=shape))[0]
+        return self.o_proj(self.attention(q, latent, k_rope.unsqueeze(1), output_shape=shape))[0]
 
 
 class DecoderLayer(nn.Module):

@@ -76,10 +76,11 @@ def load_parts(
         yield name
 
 
-def load_rows(parameter: nn.Parameter, loaded: torch.Tensor, shard: int = 0) -> None:
+def load_rows(param: nn.Parameter, loaded: torch.Tensor, shard: int = 0) -> None:
     """Copy a tensor to its rows of a parameter made of equal parts, part after part."""
-    rows = loaded.numel() // parameter[0].numel()
-    place = parameter.data[shard * rows : (shard + 1) * rows]
+    # vLLM's layer-wise reload swaps the argument called `param` for another tensor.
+    rows = loaded.numel() // param[0].numel()
+    place = param.data[shard * rows : (shard + 1) * rows]
     place.copy_(loaded.reshape(place.shape))
 
 
