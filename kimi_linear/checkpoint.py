@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def load_folder(
     """
     files = tensor_files(folder)
     stored = tensor_dtypes(files) if dtype is None else {}
-    for name, target in model.state_dict().items():
+    for name, target in chain(model.named_parameters(), model.named_buffers()):
         first_released = next(released_tensors({name: target}))[0]
         target.data = target.data.to(dtype or stored.get(first_released, target.dtype))
     model.to_empty(device=device)

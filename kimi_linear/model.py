@@ -138,6 +138,8 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Logits, and the loss if labels are given.
@@ -153,17 +155,25 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
             cu_seqlens: [N + 1], boundaries of sequences packed into one row (then B = 1).
             logits_to_keep: compute logits of the last so many columns only; 0 for all.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels.
-            use_cache: only False or None; see `prefill`.
+            use_cache, output_attentions, output_hidden_states: trainers pass them; only False or None are
+            served.
+                See `prefill` for a cache and `packed_hidden_states` for hidden states.
             return_dict: False for a plain tuple.
 
         Returns:
             logits [B, T, V] (zero at padding) and the mean cross-entropy in float32.
 
         Raises:
-            ValueError: contradictory inputs, or a cache asked for.
+            ValueError: contradictory inputs, or an output asked for that there is not.
         """
-        if use_cache:
-            raise ValueError("use_cache=True is not served by forward; generate with prefill and decode")
+        unserved = {
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        for name, value in unserved.items():
+            if value:
+                raise ValueError(f"{name}=True is not served by forward; use prefill or packed_hidden_states")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
