@@ -90,13 +90,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare_kernel` writes, in tile order."""
+    """What `prepare_kernel` writes."""
 
     read_keys: torch.Tensor
     queries: torch.Tensor
     write_keys: torch.Tensor
     decay: torch.Tensor
-    gains: torch.Tensor
+    scales: torch.Tensor
     inverse: torch.Tensor
     attention: torch.Tensor
 
@@ -114,8 +114,8 @@ def prepare(
     keys = torch.empty(3, *blocks, CHUNK, p.padded_key_dim, dtype=p.operand, device=q.device)
     squares = torch.empty(2, *blocks, CHUNK, CHUNK, dtype=p.operand, device=q.device)
     decay = torch.empty(*blocks, p.padded_key_dim, dtype=torch.float32, device=q.device)
-    gains = torch.empty(*blocks, CHUNK, dtype=torch.float32, device=q.device)
-    prepared = Prepared(keys[0], keys[1], keys[2], decay, gains, squares[0], squares[1])
+    scales = torch.empty(*blocks, 3, CHUNK, dtype=torch.float32, device=q.device)
+    prepared = Prepared(keys[0], keys[1], keys[2], decay, scales, squares[0], squares[1])
     prepare_kernel[(p.chunks * p.value_heads,)](
         q,
         k,
@@ -127,19 +127,19 @@ def prepare(
         prepared.queries,
         prepared.write_keys,
         prepared.decay,
-        prepared.gains,
+        prepared.scales,
         prepared.inverse,
         prepared.attention,
         p.table,
         p.cu_seqlens,
         p.tokens,
         p.sequences,
-        p.scale,
         p.lower_bound,
         H=p.heads,
-        BK=min(64, p.padded_key_dim),
+        BK=min(32, p.padded_key_dim),
         SOLVE_PRECISION="ieee" if p.operand == torch.float32 else "tf32",
         num_warps=4,
+        num_stages=1,
         **p.sizes,
         **p.activations,
     )
@@ -162,7 +162,7 @@ def scan_forward(
         prepared.queries,
         prepared.write_keys,
         prepared.decay,
-        prepared.gains,
+        prepared.scales,
         prepared.inverse,
         prepared.attention,
         v,
@@ -174,6 +174,7 @@ def scan_forward(
         p.starts,
         p.cu_seqlens,
         p.tokens,
+        p.scale,
         V=p.value_dim,
         VP=p.padded_value_dim,
         **p.sizes,
@@ -225,6 +226,7 @@ class ChunkKDA(torch.autograd.Function):
             prepared.queries,
             prepared.write_keys,
             prepared.decay,
+            prepared.scales,
             prepared.inverse,
             prepared.attention,
             do,
@@ -235,12 +237,12 @@ class ChunkKDA(torch.autograd.Function):
             p.starts,
             p.cu_seqlens,
             p.tokens,
+            p.scale,
             V=p.value_dim,
             VP=p.padded_value_dim,
             **p.sizes,
             **options,
         )
-        del prepared
 
         groups = p.value_heads // p.heads
         per_head = (*q.shape[:2], p.value_heads, p.key_dim)
@@ -263,6 +265,7 @@ class ChunkKDA(torch.autograd.Function):
             deltas,
             state_grads,
             error_grads,
+            prepared.scales,
             dq,
             dk,
             dv,
@@ -279,9 +282,10 @@ class ChunkKDA(torch.autograd.Function):
             H=p.heads,
             V=p.value_dim,
             VP=p.padded_value_dim,
-            BK=min(64, p.padded_key_dim),
+            BK=min(32, p.padded_key_dim),
             BV=min(64, p.padded_value_dim),
-            num_warps=8,
+            num_warps=4,
+            num_stages=1,
             **p.sizes,
             **p.activations,
         )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.triton.prepare import inverse_norm, load_beta
+from kimi_linear.ops.triton.prepare import halves, load_row_scales, stack_rows
 from kimi_linear.ops.triton.tiles import (
     BOUNDED_GATE,
     LN2,
@@ -43,6 +43,61 @@ def sub_chunk_sums(x, h: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def value_products(
+    do,
+    deltas,
+    error_grads,
+    v,
+    scales,
+    v_base,
+    packed,
+    block,
+    row,
+    column,
+    rows,
+    scale,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    VP: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products over the value channels between tokens `row` [G, N] and tokens `column` [G, N], all [G, N, N].
+
+    do' delta^T and its transpose; -derror delta^T, and its transpose times the rows' beta rk; and, for each row,
+    derror . v [G, N].
+    """
+    G: tl.constexpr = row.shape[0]
+    N: tl.constexpr = row.shape[1]
+    pair = tl.zeros([G, N, N], dtype=tl.float32)
+    pair_t = tl.zeros([G, N, N], dtype=tl.float32)
+    gram = tl.zeros([G, N, N], dtype=tl.float32)
+    gram_t = tl.zeros([G, N, N], dtype=tl.float32)
+    along = tl.zeros([G, N], dtype=tl.float32)
+    q_norm, k_norm, b = load_row_scales(scales, block, row, C)
+    for v_start in tl.range(0, VP, BV):
+        vv = v_start + tl.arange(0, BV)
+        mask = (row < rows)[:, :, None] & (vv < V)[None, None, :]
+        offsets = v_base + row[:, :, None] * (HV * V) + vv[None, None, :]
+        output_grad = tl.load(do + offsets, mask=mask, other=0.0).to(tl.float32)
+        output_grad = (output_grad * (q_norm * scale)[:, :, None]).to(OPERAND)
+        values = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
+        error_grad = tl.load(error_grads + packed + row[:, :, None] * VP + vv[None, None, :])
+        delta = tl.load(deltas + packed + column[:, :, None] * VP + vv[None, None, :])
+        output_grad_t = tl.permute(output_grad, (0, 2, 1))
+        error_grad_t = tl.permute(error_grad, (0, 2, 1))
+        delta_t = tl.permute(delta, (0, 2, 1))
+        pair = tl.dot(output_grad, delta_t, acc=pair, input_precision=PRECISION)
+        pair_t = tl.dot(delta, output_grad_t, acc=pair_t, input_precision=PRECISION)
+        gram = tl.dot(error_grad, delta_t, acc=gram, input_precision=PRECISION)
+        gram_t = tl.dot(delta, error_grad_t, acc=gram_t, input_precision=PRECISION)
+        along += tl.sum(error_grad.to(tl.float32) * values, axis=2)
+    return pair, pair_t, -gram, -gram_t * (b * k_norm)[:, None, :], along
+
+
+@triton.jit
 def gradient_kernel(
     q,
     k,
@@ -56,6 +111,7 @@ def gradient_kernel(
     deltas,
     state_grads,
     error_grads,
+    scales,
     dq,
     dk,
     dv,
@@ -84,15 +140,17 @@ def gradient_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a chunk and value head.
+    """One program a chunk and value head. q and k are taken as they came, as `prepare_kernel` takes them.
 
-    With P the attention and L the strictly lower triangle of `prepare_kernel`, delta and derror of the scans:
-    dP = do delta^T; dL = -derror delta^T, since derror already holds the inverse; d(beta v) = derror;
-    d(queries) = do S^T, d(read_keys) = -derror S^T, d(write_keys) = delta dS^T. The rest is local to the chunk.
+    With P the attention and L the strictly lower triangle of `prepare_kernel`, delta and derror of the scans and
+    do' = scale rq do: dP = do' delta^T; dL = -derror delta^T up to the factor beta rk of its rows, since derror
+    already holds the inverse; d(queries) = do' S^T, d(read_keys) = -beta rk derror S^T, d(write_keys) =
+    delta dS^T, dv = beta derror. The rest is local to the chunk.
     """
-    A: tl.constexpr = 8
-    S: tl.constexpr = 8
+    A: tl.constexpr = 16
+    S: tl.constexpr = 4
     C: tl.constexpr = A * S
+    VEC: tl.constexpr = max(1, BK // 32)
     program = tl.program_id(0)
     chunk = program // HV
     hv = program % HV
@@ -103,85 +161,67 @@ def gradient_kernel(
     g_base = (start * HV + hv) * K
     v_base = (start * HV + hv) * V
     block = program.to(tl.int64)
+    packed = block * (C * VP)
 
-    n = tl.arange(0, C)
-    token = (n % S) * A + n // S
-    stored = (token % 16) * 4 + token // 16
-    b_rows = load_beta(beta, start * HV + hv, token * HV, token < rows, BETA_SIGMOID)
-
-    # Values: the gradients of both triangles, and of their transposes, which the columns need.
-    attention_grad = tl.zeros([C, C], dtype=tl.float32)
-    attention_grad_t = tl.zeros([C, C], dtype=tl.float32)
-    gram_grad = tl.zeros([C, C], dtype=tl.float32)
-    gram_grad_t = tl.zeros([C, C], dtype=tl.float32)
-    b_grad = tl.zeros([C], dtype=tl.float32)
-    for v_start in tl.range(0, VP, BV):
-        vv = v_start + tl.arange(0, BV)
-        mask = (token < rows)[:, None] & (vv < V)[None, :]
-        offsets = v_base + token[:, None] * (HV * V) + vv[None, :]
-        packed = block * (C * VP) + stored[:, None] * VP + vv[None, :]
-        output_grad = tl.load(do + offsets, mask=mask, other=0.0).to(OPERAND)
-        values = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
-        delta = tl.load(deltas + packed)
-        error_grad = tl.load(error_grads + packed)
-        attention_grad = tl.dot(output_grad, tl.trans(delta), acc=attention_grad, input_precision=PRECISION)
-        attention_grad_t = tl.dot(
-            delta, tl.trans(output_grad), acc=attention_grad_t, input_precision=PRECISION
-        )
-        gram_grad = tl.dot(error_grad, tl.trans(delta), acc=gram_grad, input_precision=PRECISION)
-        gram_grad_t = tl.dot(delta, tl.trans(error_grad), acc=gram_grad_t, input_precision=PRECISION)
-        error_grad = error_grad.to(tl.float32)
-        b_grad += tl.sum(error_grad * values, axis=1)
-        tl.store(dv + offsets, (error_grad * b_rows[:, None]).to(dv.dtype.element_ty), mask=mask)
-    row = token[:, None]
-    column = token[None, :]
-    diagonal = tl.sum(tl.where(row == column, attention_grad, 0.0), axis=1) * scale
-    attention_lower = tl.where(row > column, attention_grad * scale, 0.0).to(OPERAND)
-    attention_upper = tl.where(row < column, attention_grad_t * scale, 0.0).to(OPERAND)
-    # Rows of L get beta last, because its own gradient needs them without; columns get it here.
-    gram_both = tl.where(row > column, -gram_grad, 0.0)
-    gram_both = tl.where(row < column, -gram_grad_t * b_rows[None, :], gram_both).to(OPERAND)
-    zero = tl.zeros([C, C], dtype=OPERAND)
-
+    # The gradients of P and L, in the pieces of `prepare_kernel`, and of their transposes, which columns need.
+    # Rows of L get their factor beta rk last, because its own gradient needs them without; columns get it here.
     a = tl.arange(0, A)
+    near = tl.arange(0, S)[:, None] * A + a[None, :]
+    mid = tl.arange(0, 2)[:, None] * (2 * A) + a[None, :]
+    far = tl.arange(0, 2 * A)[None, :]
+    near_pair, near_pair_t, near_gram, near_gram_t, b_grad = value_products(
+        do, deltas, error_grads, v, scales, v_base, packed, block, near, near, rows, scale, HV, V, VP, BV, C,
+        OPERAND, PRECISION,
+    )
+    mid_pair, mid_pair_t, mid_gram, mid_gram_t, _ = value_products(
+        do, deltas, error_grads, v, scales, v_base, packed, block, mid + A, mid, rows, scale, HV, V, VP, BV, C,
+        OPERAND, PRECISION,
+    )
+    far_pair, far_pair_t, far_gram, far_gram_t, _ = value_products(
+        do, deltas, error_grads, v, scales, v_base, packed, block, far + 2 * A, far, rows, scale, HV, V, VP, BV, C,
+        OPERAND, PRECISION,
+    )
+    same = a[None, :, None] == a[None, None, :]
+    lower = a[None, :, None] > a[None, None, :]
+    diagonal = tl.sum(tl.where(same, near_pair, 0.0), axis=2)
+    near_pair = near_pair.to(OPERAND)
+    near_pair_t = near_pair_t.to(OPERAND)
+    near_gram = tl.where(lower, near_gram, near_gram_t).to(OPERAND)
+    mid_pair = mid_pair.to(OPERAND)
+    mid_pair_t = mid_pair_t.to(OPERAND)
+    mid_gram = mid_gram.to(OPERAND)
+    mid_gram_t = mid_gram_t.to(OPERAND)
+    far_pair = far_pair.to(OPERAND)
+    far_pair_t = far_pair_t.to(OPERAND)
+    far_gram = far_gram.to(OPERAND)
+    far_gram_t = far_gram_t.to(OPERAND)
+    nothing = tl.zeros([S, A, A], dtype=OPERAND)
+
     s = tl.arange(0, S)
     tokens = s[None, :] * A + a[:, None]
     row_mask = tokens < rows
-    b = load_beta(beta, start * HV + hv, tokens * HV, row_mask, BETA_SIGMOID)[:, :, None]
-    diagonal = tl.reshape(diagonal, [A, S, 1])
-    if NORMALIZE:
-        q_norm = inverse_norm(q, qk_base, H * K, tokens, row_mask, K, BK)[:, :, None]
-        k_norm = inverse_norm(k, qk_base, H * K, tokens, row_mask, K, BK)[:, :, None]
-        q_along = tl.zeros([A, S], dtype=tl.float32)
-        k_along = tl.zeros([A, S], dtype=tl.float32)
+    diagonal = tl.permute(diagonal, (1, 0))[:, :, None]
+    _, k_norm, b = load_row_scales(scales, block, tokens, C)
+    row_scale = (k_norm * b)[:, :, None]
+    q_along = tl.zeros([A, S], dtype=tl.float32)
+    k_along = tl.zeros([A, S], dtype=tl.float32)
+    k_rows_along = tl.zeros([A, S], dtype=tl.float32)
     rate = 1.0
     if a_log is not None:
         rate = tl.exp2(tl.load(a_log + hv).to(tl.float32) * LOG2E)
         rate_grad = 0.0
-    b_grad = tl.reshape(b_grad, [A, S])
 
     for k_start in tl.range(0, KP, BK):
         channels = k_start + tl.arange(0, BK)
         channel_mask = channels < K
         mask = row_mask[:, :, None] & channel_mask[None, None, :]
-        offsets = tokens[:, :, None] * (H * K) + channels[None, None, :]
-        q_tile = tl.load(
-            tl.max_contiguous(q + qk_base + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0
-        ).to(tl.float32)
-        k_tile = tl.load(
-            tl.max_contiguous(k + qk_base + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0
-        ).to(tl.float32)
-        if NORMALIZE:
-            q_tile *= q_norm
-            k_tile *= k_norm
+        offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
+        q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
+        k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
         g_offsets = g_base + tokens[:, :, None] * (HV * K) + channels[None, None, :]
-        f = tl.load(tl.max_contiguous(g + g_offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0).to(
-            tl.float32
-        )
+        f = tl.load(tl.max_contiguous(g + g_offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
         if dt_bias is not None:
-            f += tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[
-                None, None, :
-            ]
+            f += tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, None, :]
         before = tl.where(mask, log2_decay(f, 0.0, rate, lower_bound, GATE), 0.0)
         after = tl.zeros_like(before)
 
@@ -189,98 +229,98 @@ def gradient_kernel(
         row_grad = tl.zeros([A, S, BK], dtype=tl.float32)
         column_grad = tl.zeros([A, S, BK], dtype=tl.float32)
         g_grad = tl.zeros([A, S, BK], dtype=tl.float32)
-        for level in tl.static_range(3):
+        for level in tl.static_range(4):
             d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
-            k_decayed = tl.reshape((k_tile * d).to(OPERAND), [C, BK])
-            q_decayed = tl.reshape((q_tile * d).to(OPERAND), [C, BK])
-            lower = level_mask(row, column, 1 << level)
-            upper = level_mask(column, row, 1 << level)
-            to_q = tl.dot(tl.where(lower, attention_lower, zero), k_decayed, input_precision=PRECISION)
-            to_k = tl.dot(tl.where(lower | upper, gram_both, zero), k_decayed, input_precision=PRECISION)
-            to_k = tl.dot(
-                tl.where(upper, attention_upper, zero), q_decayed, acc=to_k, input_precision=PRECISION
-            )
-            to_q = tl.reshape(to_q, [A, S, BK]) * d
-            to_k = tl.reshape(to_k, [A, S, BK]) * d
+            k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
+            q_decayed = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
+            down = level_mask(a[:, None], a[None, :], 1 << level)[None, :, :]
+            up = level_mask(a[None, :], a[:, None], 1 << level)[None, :, :]
+            to_q = tl.dot(tl.where(down, near_pair, nothing), k_decayed, input_precision=PRECISION)
+            to_k = tl.dot(tl.where(down | up, near_gram, nothing), k_decayed, input_precision=PRECISION)
+            to_k = tl.dot(tl.where(up, near_pair_t, nothing), q_decayed, acc=to_k, input_precision=PRECISION)
+            to_q = tl.permute(to_q, (1, 0, 2)) * d
+            to_k = tl.permute(to_k, (1, 0, 2)) * d
             is_row = ((a >> level) % 2 == 1)[:, None, None]
             q_grad += to_q
             row_grad += tl.where(is_row, to_k, 0.0)
             column_grad += tl.where(is_row, 0.0, to_k)
             to_g = k_tile * to_k
-            to_g = tl.where(is_row, q_tile * to_q + b * to_g, to_g)
+            to_g = tl.where(is_row, q_tile * to_q + row_scale * to_g, to_g)
             g_grad += segment_sums(to_g, 1 << level, A, S, BK)
             before, after = double_segments(before, after, 1 << level, A, S, BK)
 
         totals = sub_chunk_totals(before, A)
         offset_before = tl.zeros_like(totals)
         offset_after = tl.zeros_like(totals)
-        far_rows = tl.zeros([A, S, BK], dtype=tl.float32)
-        far_columns = tl.zeros([A, S, BK], dtype=tl.float32)
-        far_offsets = tl.zeros_like(totals)
-        for level in tl.static_range(3):
+        for level in tl.static_range(2):
             d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1 << level, S))
-            k_decayed = tl.reshape((k_tile * d).to(OPERAND), [C, BK])
-            q_decayed = tl.reshape((q_tile * d).to(OPERAND), [C, BK])
-            lower = level_mask(row, column, A << level)
-            upper = level_mask(column, row, A << level)
-            to_q = tl.dot(tl.where(lower, attention_lower, zero), k_decayed, input_precision=PRECISION)
-            to_k = tl.dot(tl.where(lower | upper, gram_both, zero), k_decayed, input_precision=PRECISION)
-            to_k = tl.dot(
-                tl.where(upper, attention_upper, zero), q_decayed, acc=to_k, input_precision=PRECISION
-            )
-            to_q = tl.reshape(to_q, [A, S, BK]) * d
-            to_k = tl.reshape(to_k, [A, S, BK]) * d
+            k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
+            q_decayed = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
+            if level == 0:
+                k_columns, k_rows = halves(k_decayed, 2, A)
+                _, q_rows = halves(q_decayed, 2, A)
+                to_q = tl.dot(mid_pair, k_columns, input_precision=PRECISION)
+                to_rows = tl.dot(mid_gram, k_columns, input_precision=PRECISION)
+                to_columns = tl.dot(mid_pair_t, q_rows, input_precision=PRECISION)
+                to_columns = tl.dot(mid_gram_t, k_rows, acc=to_columns, input_precision=PRECISION)
+            else:
+                k_columns, k_rows = halves(k_decayed, 1, 2 * A)
+                _, q_rows = halves(q_decayed, 1, 2 * A)
+                to_q = tl.dot(far_pair, k_columns, input_precision=PRECISION)
+                to_rows = tl.dot(far_gram, k_columns, input_precision=PRECISION)
+                to_columns = tl.dot(far_pair_t, q_rows, input_precision=PRECISION)
+                to_columns = tl.dot(far_gram_t, k_rows, acc=to_columns, input_precision=PRECISION)
+            to_q = tl.reshape(stack_rows(tl.zeros_like(to_q), to_q), [S, A, BK])
+            to_k = tl.reshape(stack_rows(to_columns, to_rows), [S, A, BK])
+            to_q = tl.permute(to_q, (1, 0, 2)) * d
+            to_k = tl.permute(to_k, (1, 0, 2)) * d
             is_row = ((s >> level) % 2 == 1)[None, :, None]
             q_grad += to_q
             row_grad += tl.where(is_row, to_k, 0.0)
             column_grad += tl.where(is_row, 0.0, to_k)
             to_g = k_tile * to_k
-            to_g = tl.where(is_row, q_tile * to_q + b * to_g, to_g)
-            far_rows += tl.where(is_row, to_g, 0.0)
-            far_columns += tl.where(is_row, 0.0, to_g)
-            far_offsets += sub_chunk_sums(tl.sum(to_g, axis=0, keep_dims=True), 1 << level, S, BK)
-            offset_before, offset_after = double_sub_chunks(
-                offset_before, offset_after, totals, 1 << level, S, BK
-            )
+            to_g = tl.where(is_row, q_tile * to_q + row_scale * to_g, to_g)
+            g_grad += tl.where(is_row, tl.cumsum(to_g, axis=0, reverse=True), tl.cumsum(to_g, axis=0) - to_g)
+            g_grad += sub_chunk_sums(tl.sum(to_g, axis=0, keep_dims=True), 1 << level, S, BK)
+            offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 1 << level, S, BK)
 
         # What passes through the states at the chunk's two ends.
         to_q2 = tl.zeros([C, BK], dtype=tl.float32)
         to_row2 = tl.zeros([C, BK], dtype=tl.float32)
         to_column2 = tl.zeros([C, BK], dtype=tl.float32)
         through = tl.zeros([BK], dtype=tl.float32)
+        n = tl.arange(0, C)
+        q_norm, _, _ = load_row_scales(scales, block, n, C)
         for v_start in tl.range(0, VP, BV):
             vv = v_start + tl.arange(0, BV)
             state_offsets = block * (KP * VP) + channels[:, None] * VP + vv[None, :]
             state = tl.load(states + state_offsets)
             state_grad = tl.load(state_grads + state_offsets)
-            v_mask = (token < rows)[:, None] & (vv < V)[None, :]
-            offsets2 = v_base + token[:, None] * (HV * V) + vv[None, :]
-            packed = block * (C * VP) + stored[:, None] * VP + vv[None, :]
-            output_grad = tl.load(do + offsets2, mask=v_mask, other=0.0).to(OPERAND)
-            delta = tl.load(deltas + packed)
-            error_grad = tl.load(error_grads + packed)
+            v_mask = (n < rows)[:, None] & (vv < V)[None, :]
+            output_grad = tl.load(do + v_base + n[:, None] * (HV * V) + vv[None, :], mask=v_mask, other=0.0)
+            output_grad = (output_grad.to(tl.float32) * (q_norm * scale)[:, None]).to(OPERAND)
+            delta = tl.load(deltas + packed + n[:, None] * VP + vv[None, :])
+            error_grad = tl.load(error_grads + packed + n[:, None] * VP + vv[None, :])
             to_q2 = tl.dot(output_grad, tl.trans(state), acc=to_q2, input_precision=PRECISION)
             to_row2 = tl.dot(error_grad, tl.trans(state), acc=to_row2, input_precision=PRECISION)
             to_column2 = tl.dot(delta, tl.trans(state_grad), acc=to_column2, input_precision=PRECISION)
             through += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32), axis=1)
         d = tl.exp2(before + offset_before)
-        to_q = tl.reshape(to_q2, [A, S, BK]) * d * scale
-        to_row = tl.reshape(to_row2, [A, S, BK]) * -d
-        to_column = tl.reshape(to_column2, [A, S, BK]) * tl.exp2(after + offset_after)
+        to_q = tl.permute(tl.reshape(to_q2, [S, A, BK]), (1, 0, 2)) * d
+        to_k = tl.permute(tl.reshape(to_row2, [S, A, BK]), (1, 0, 2)) * -d
         q_grad += to_q
-        row_grad += to_row
-        column_grad += to_column
-        rows_here = q_tile * to_q + b * k_tile * to_row
-        columns_here = k_tile * to_column
-        row_totals = tl.sum(rows_here, axis=0, keep_dims=True)
-        column_totals = tl.sum(columns_here, axis=0, keep_dims=True)
-        far_offsets += tl.cumsum(row_totals, axis=1, reverse=True) - row_totals
-        far_offsets += tl.cumsum(column_totals, axis=1) - column_totals
-        far_rows += rows_here
-        far_columns += columns_here
-        g_grad += tl.cumsum(far_rows, axis=0, reverse=True) + tl.cumsum(far_columns, axis=0) - far_columns
-        through *= tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK]))
-        g_grad += far_offsets + through[None, None, :]
+        row_grad += to_k
+        to_g = q_tile * to_q + row_scale * (k_tile * to_k)
+        g_grad += tl.cumsum(to_g, axis=0, reverse=True)
+        to_g = tl.sum(to_g, axis=0, keep_dims=True)
+        g_grad += tl.cumsum(to_g, axis=1, reverse=True) - to_g
+        to_k = tl.permute(tl.reshape(to_column2, [S, A, BK]), (1, 0, 2)) * tl.exp2(after + offset_after)
+        column_grad += to_k
+        to_g = k_tile * to_k
+        g_grad += tl.cumsum(to_g, axis=0) - to_g
+        to_g = tl.sum(to_g, axis=0, keep_dims=True)
+        g_grad += tl.cumsum(to_g, axis=1) - to_g
+        g_grad += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
 
         if GATE == NO_GATE:
             f_grad = g_grad
@@ -290,11 +330,7 @@ def gradient_kernel(
         else:
             f_grad = g_grad * -rate / (1.0 + tl.exp2(-f * LOG2E))
         f_grad = tl.where(mask, f_grad, 0.0)
-        tl.store(
-            tl.max_contiguous(dg + g_offsets, (1, 1, max(1, BK // 32))),
-            f_grad.to(dg.dtype.element_ty),
-            mask=mask,
-        )
+        tl.store(tl.max_contiguous(dg + g_offsets, (1, 1, VEC)), f_grad.to(dg.dtype.element_ty), mask=mask)
         if bias_parts is not None:
             parts = tl.sum(tl.sum(f_grad, axis=0), axis=0)
             tl.store(bias_parts + block * K + channels, parts, mask=channel_mask)
@@ -305,53 +341,46 @@ def gradient_kernel(
                 to_rate = tl.where(mask, g_grad * log2_decay(f, 0.0, rate, lower_bound, GATE) * LN2, 0.0)
             rate_grad += tl.sum(tl.sum(tl.sum(to_rate, axis=2), axis=1), axis=0)
 
-        b_grad += tl.sum(k_tile * row_grad, axis=2)
+        k_rows_along += tl.sum(k_tile * row_grad, axis=2)
         q_grad += diagonal * k_tile
-        k_grad = b * row_grad + column_grad + diagonal * q_tile
+        k_grad = row_scale * row_grad + column_grad + diagonal * q_tile
         if NORMALIZE:
             q_along += tl.sum(q_tile * q_grad, axis=2)
             k_along += tl.sum(k_tile * k_grad, axis=2)
-            q_grad *= q_norm
-            k_grad *= k_norm
-            if KP == BK:
-                q_grad -= q_tile * (q_norm * q_along[:, :, None])
-                k_grad -= k_tile * (k_norm * k_along[:, :, None])
-        tl.store(
-            tl.max_contiguous(dq + g_offsets, (1, 1, max(1, BK // 32))),
-            q_grad.to(dq.dtype.element_ty),
-            mask=mask,
-        )
-        tl.store(
-            tl.max_contiguous(dk + g_offsets, (1, 1, max(1, BK // 32))),
-            k_grad.to(dk.dtype.element_ty),
-            mask=mask,
-        )
+        tl.store(tl.max_contiguous(dq + g_offsets, (1, 1, VEC)), q_grad.to(dq.dtype.element_ty), mask=mask)
+        tl.store(tl.max_contiguous(dk + g_offsets, (1, 1, VEC)), k_grad.to(dk.dtype.element_ty), mask=mask)
 
-    if NORMALIZE and KP > BK:
+    q_norm, k_norm, b = load_row_scales(scales, block, tokens, C)
+    if NORMALIZE:
         # The part along q, lost in normalisation, is known only now that all channels are summed.
-        q_along = q_along[:, :, None] * q_norm * q_norm
-        k_along = k_along[:, :, None] * k_norm * k_norm
+        q_along *= q_norm * q_norm
+        k_along *= k_norm * k_norm
         for k_start in tl.range(0, KP, BK):
             channels = k_start + tl.arange(0, BK)
             mask = row_mask[:, :, None] & (channels < K)[None, None, :]
             offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
             g_offsets = g_base + tokens[:, :, None] * (HV * K) + channels[None, None, :]
-            q_tile = tl.load(
-                tl.max_contiguous(q + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0
-            ).to(tl.float32)
-            k_tile = tl.load(
-                tl.max_contiguous(k + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0
-            ).to(tl.float32)
-            q_at = tl.max_contiguous(dq + g_offsets, (1, 1, max(1, BK // 32)))
-            k_at = tl.max_contiguous(dk + g_offsets, (1, 1, max(1, BK // 32)))
-            q_grad = tl.load(q_at, mask=mask, other=0.0).to(tl.float32) - q_tile * q_along
-            k_grad = tl.load(k_at, mask=mask, other=0.0).to(tl.float32) - k_tile * k_along
+            q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
+            k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
+            q_at = tl.max_contiguous(dq + g_offsets, (1, 1, VEC))
+            k_at = tl.max_contiguous(dk + g_offsets, (1, 1, VEC))
+            q_grad = tl.load(q_at, mask=mask, other=0.0).to(tl.float32) - q_tile * q_along[:, :, None]
+            k_grad = tl.load(k_at, mask=mask, other=0.0).to(tl.float32) - k_tile * k_along[:, :, None]
             tl.store(q_at, q_grad.to(dq.dtype.element_ty), mask=mask)
             tl.store(k_at, k_grad.to(dk.dtype.element_ty), mask=mask)
 
+    b_grad = tl.permute(b_grad, (1, 0)) + k_norm * k_rows_along
     if BETA_SIGMOID:
-        x = tl.reshape(b, [A, S])
-        b_grad *= x * (1.0 - x)
+        b_grad *= b * (1.0 - b)
     tl.store(dbeta + start * HV + hv + tokens * HV, b_grad.to(dbeta.dtype.element_ty), mask=row_mask)
     if a_log is not None:
         tl.store(rate_parts + block, rate_grad)
+
+    n = tl.arange(0, C)
+    _, _, gain = load_row_scales(scales, block, n, C)
+    for v_start in tl.range(0, VP, BV):
+        vv = v_start + tl.arange(0, BV)
+        error_grad = tl.load(error_grads + packed + n[:, None] * VP + vv[None, :]).to(tl.float32)
+        v_mask = (n < rows)[:, None] & (vv < V)[None, :]
+        at = dv + v_base + n[:, None] * (HV * V) + vv[None, :]
+        tl.store(at, (error_grad * gain[:, None]).to(dv.dtype.element_ty), mask=v_mask)

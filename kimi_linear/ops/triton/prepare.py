@@ -56,17 +56,35 @@ def load_beta(beta, base, offsets, mask, SIGMOID: tl.constexpr):
 
 
 @triton.jit
-def inverse_norm(x, base, token_stride: tl.constexpr, tokens, row_mask, K: tl.constexpr, BK: tl.constexpr):
-    """1 / sqrt(sum x^2 + 1e-6) for every token of a tile [A, S]."""
-    total = tl.zeros(tokens.shape, dtype=tl.float32)
-    for start in tl.static_range(0, K, BK):
-        channels = start + tl.arange(0, BK)
-        mask = row_mask[:, :, None] & (channels < K)[None, None, :]
-        offsets = tokens[:, :, None] * token_stride + channels[None, None, :]
-        tile = tl.load(tl.max_contiguous(x + base + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0)
-        tile = tile.to(tl.float32)
-        total += tl.sum(tile * tile, axis=2)
-    return tl.rsqrt(total + 1e-6)
+def halves(x, GROUPS: tl.constexpr, H: tl.constexpr):
+    """Even and odd groups of H rows, [GROUPS, H, D] each, of x [2 * GROUPS * H rows, D]."""
+    D: tl.constexpr = x.shape[-1]
+    return tl.split(tl.permute(tl.reshape(x, [GROUPS, 2, H, D]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def stack_rows(x, y):
+    """[G, H, D] over [G, H, D]: [G, 2 H, D]."""
+    G: tl.constexpr = x.shape[0]
+    H: tl.constexpr = x.shape[1]
+    D: tl.constexpr = x.shape[2]
+    return tl.reshape(tl.permute(tl.join(x, y), (0, 3, 1, 2)), [G, 2 * H, D])
+
+
+@triton.jit
+def stack_columns(x, y):
+    """[G, H, D] beside [G, H, D]: [G, H, 2 D]."""
+    G: tl.constexpr = x.shape[0]
+    H: tl.constexpr = x.shape[1]
+    D: tl.constexpr = x.shape[2]
+    return tl.reshape(tl.permute(tl.join(x, y), (0, 1, 3, 2)), [G, H, 2 * D])
+
+
+@triton.jit
+def load_row_scales(scales, block, tokens, C: tl.constexpr):
+    """Inverse norms of q and k, and beta, of a tile of tokens, as `prepare_kernel` left them."""
+    at = scales + block * (3 * C) + tokens
+    return tl.load(at), tl.load(at + C), tl.load(at + 2 * C)
 
 
 @triton.jit
@@ -81,14 +99,13 @@ def prepare_kernel(
     queries,
     write_keys,
     decay,
-    gains,
+    scales,
     inverse,
     attention,
     chunk_table,
     cu_seqlens,
     T,
     sequences,
-    scale,
     lower_bound,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -105,13 +122,16 @@ def prepare_kernel(
 ):
     """One program a chunk and value head; G is the log decay summed from the chunk's start.
 
-    Writes, in tile order, read_keys = beta k exp(G), queries = scale q exp(G), write_keys = k exp(G_C - G)
-    [64, KP] each; decay = exp(G_C) [KP]; gains = beta [64]; attention = scale q k^T decayed, lower triangle, and
-    inverse = (I + beta k k^T decayed, strictly lower)^-1, both [64, 64].
+    Writes, in the order of the tokens, read_keys = k exp(G), queries = q exp(G), write_keys = k exp(G_C - G)
+    [64, KP] each; decay = exp(G_C) [KP]; attention = q k^T decayed, lower triangle, and
+    inverse = diag(rk) (I + diag(beta rk) (k k^T decayed, strictly lower) diag(rk))^-1, both [64, 64]; and scales
+    [3, 64]: rq and rk, the inverse norms (1 unless NORMALIZE), and beta. q and k stay as they came: the norms
+    are sums over all channels, known at the end, and cost the scans one product a row.
     """
     A: tl.constexpr = 16
     S: tl.constexpr = 4
     C: tl.constexpr = A * S
+    VEC: tl.constexpr = max(1, BK // 32)
     program = tl.program_id(0)
     chunk = program // HV
     hv = program % HV
@@ -126,35 +146,32 @@ def prepare_kernel(
     s = tl.arange(0, S)
     tokens = s[None, :] * A + a[:, None]
     row_mask = tokens < rows
-    if NORMALIZE:
-        q_norm = inverse_norm(q, qk_base, H * K, tokens, row_mask, K, BK)
-        k_norm = inverse_norm(k, qk_base, H * K, tokens, row_mask, K, BK)
-    b = load_beta(beta, start * HV + hv, tokens * HV, row_mask, BETA_SIGMOID)
-    tile_rows = a[:, None] * S + s[None, :]
-    tl.store(gains + block * C + tile_rows, b)
-
-    n = tl.arange(0, C)
-    token = (n % S) * A + n // S
-    sub_attention = tl.zeros([S, A, A], dtype=tl.float32)
-    sub_gram = tl.zeros([S, A, A], dtype=tl.float32)
-    far_attention = tl.zeros([C, C], dtype=tl.float32)
-    far_gram = tl.zeros([C, C], dtype=tl.float32)
-    diagonal = tl.zeros([A, S], dtype=tl.float32)
+    same = a[None, :, None] == a[None, None, :]
+    # Rows and columns of one sub-chunk, of two neighbours, and of the chunk's two halves.
+    near_attention = tl.zeros([S, A, A], dtype=tl.float32)
+    near_gram = tl.zeros([S, A, A], dtype=tl.float32)
+    q_gram = tl.zeros([S, A, A], dtype=tl.float32)
+    mid_attention = tl.zeros([S // 2, A, A], dtype=tl.float32)
+    mid_gram = tl.zeros([S // 2, A, A], dtype=tl.float32)
+    far_attention = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
+    far_gram = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
     for k_start in tl.range(0, KP, BK):
         channels = k_start + tl.arange(0, BK)
         channel_mask = channels < K
         mask = row_mask[:, :, None] & channel_mask[None, None, :]
-        offsets = tokens[:, :, None] * (H * K) + channels[None, None, :]
-        q_tile = tl.load(
-            tl.max_contiguous(q + qk_base + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0
-        ).to(tl.float32)
-        k_tile = tl.load(
-            tl.max_contiguous(k + qk_base + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0
-        ).to(tl.float32)
+        offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
+        q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0)
+        k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0)
+        q_rows = tl.permute(q_tile.to(OPERAND), (1, 0, 2))
+        k_rows = tl.permute(k_tile.to(OPERAND), (1, 0, 2))
+        k_columns = tl.permute(k_rows, (0, 2, 1))
+        # The diagonals: q . k, which no decay touches, and the squared norms.
+        near_attention += tl.where(same, tl.dot(q_rows, k_columns, input_precision=PRECISION), 0.0)
         if NORMALIZE:
-            q_tile *= q_norm[:, :, None]
-            k_tile *= k_norm[:, :, None]
-        diagonal += tl.sum(q_tile * k_tile, axis=2)
+            near_gram += tl.where(same, tl.dot(k_rows, k_columns, input_precision=PRECISION), 0.0)
+            q_gram = tl.dot(q_rows, tl.permute(q_rows, (0, 2, 1)), acc=q_gram, input_precision=PRECISION)
+        q_tile = q_tile.to(tl.float32)
+        k_tile = k_tile.to(tl.float32)
         g_offsets = tokens[:, :, None] * (HV * K) + channels[None, None, :]
         before = load_decay(
             g, g_base, g_offsets, mask, channels, channel_mask, hv, a_log, dt_bias, lower_bound, K, BK, GATE
@@ -162,71 +179,92 @@ def prepare_kernel(
         after = tl.zeros_like(before)
         for level in tl.static_range(4):
             d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
-            k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
-            q_decayed = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
-            k_columns = tl.permute(k_decayed, (0, 2, 1))
+            k_rows = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
+            q_rows = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
+            k_columns = tl.permute(k_rows, (0, 2, 1))
             inside = level_mask(a[:, None], a[None, :], 1 << level)[None, :, :]
-            sub_attention += tl.where(inside, tl.dot(q_decayed, k_columns, input_precision=PRECISION), 0.0)
-            sub_gram += tl.where(inside, tl.dot(k_decayed, k_columns, input_precision=PRECISION), 0.0)
+            near_attention += tl.where(inside, tl.dot(q_rows, k_columns, input_precision=PRECISION), 0.0)
+            near_gram += tl.where(inside, tl.dot(k_rows, k_columns, input_precision=PRECISION), 0.0)
             before, after = double_segments(before, after, 1 << level, A, S, BK)
+
         totals = sub_chunk_totals(before, A)
         offset_before = tl.zeros_like(totals)
         offset_after = tl.zeros_like(totals)
-        for level in tl.static_range(2):
-            d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1 << level, S))
-            k_decayed = tl.reshape((k_tile * d).to(OPERAND), [C, BK])
-            q_decayed = tl.reshape((q_tile * d).to(OPERAND), [C, BK])
-            inside = level_mask(token[:, None], token[None, :], A << level)
-            far_attention += tl.where(
-                inside, tl.dot(q_decayed, tl.trans(k_decayed), input_precision=PRECISION), 0.0
-            )
-            far_gram += tl.where(
-                inside, tl.dot(k_decayed, tl.trans(k_decayed), input_precision=PRECISION), 0.0
-            )
-            offset_before, offset_after = double_sub_chunks(
-                offset_before, offset_after, totals, 1 << level, S, BK
-            )
+        d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1, S))
+        k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
+        _, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
+        k_columns = tl.permute(k_columns, (0, 2, 1))
+        mid_attention = tl.dot(q_rows, k_columns, acc=mid_attention, input_precision=PRECISION)
+        mid_gram = tl.dot(k_rows, k_columns, acc=mid_gram, input_precision=PRECISION)
+        offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 1, S, BK)
+        d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 2, S))
+        k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
+        _, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
+        k_columns = tl.permute(k_columns, (0, 2, 1))
+        far_attention = tl.dot(q_rows, k_columns, acc=far_attention, input_precision=PRECISION)
+        far_gram = tl.dot(k_rows, k_columns, acc=far_gram, input_precision=PRECISION)
+        offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 2, S, BK)
 
-        out = block * (C * KP) + tile_rows[:, :, None] * KP + channels[None, None, :]
-        decayed = tl.exp2(before + offset_before)
-        tl.store(
-            tl.max_contiguous(queries + out, (1, 1, max(1, BK // 32))), (q_tile * decayed * scale).to(OPERAND)
-        )
-        tl.store(
-            tl.max_contiguous(read_keys + out, (1, 1, max(1, BK // 32))),
-            (k_tile * decayed * b[:, :, None]).to(OPERAND),
-        )
-        tl.store(
-            tl.max_contiguous(write_keys + out, (1, 1, max(1, BK // 32))),
-            (k_tile * tl.exp2(after + offset_after)).to(OPERAND),
-        )
+        out = block * (C * KP) + tokens[:, :, None] * KP + channels[None, None, :]
+        d = tl.exp2(before + offset_before)
+        tl.store(tl.max_contiguous(queries + out, (1, 1, VEC)), (q_tile * d).to(OPERAND))
+        tl.store(tl.max_contiguous(read_keys + out, (1, 1, VEC)), (k_tile * d).to(OPERAND))
+        d = tl.exp2(after + offset_after)
+        tl.store(tl.max_contiguous(write_keys + out, (1, 1, VEC)), (k_tile * d).to(OPERAND))
         whole = tl.sum(totals, axis=1, keep_dims=True)
         channel_offsets = channels[None, None, :] + tl.zeros([1, 1, 1], dtype=tl.int32)
         tl.store(decay + block * KP + channel_offsets, tl.exp2(whole))
 
-    # (I + L)^-1 by blocks: [[X, 0], [L', Y]] has the inverse [[X^-1, 0], [-Y^-1 L' X^-1, Y^-1]]. Every product is
-    # of true inverses, so near-collinear keys, which make the powers of L explode, do no harm.
-    same = a[None, :, None] == a[None, None, :]
-    sub_gram *= tl.permute(b, (1, 0))[:, :, None]
-    inv = tl.where(same, 1.0, 0.0) - tl.where(
-        level_mask(a[:, None], a[None, :], 1)[None, :, :], sub_gram, 0.0
-    )
-    for level in tl.static_range(1, 4):
-        part = tl.where(level_mask(a[:, None], a[None, :], 1 << level)[None, :, :], sub_gram, 0.0)
-        part = tl.dot(part, inv, input_precision=SOLVE_PRECISION)
-        inv -= tl.dot(inv, part, input_precision=SOLVE_PRECISION)
-    same_sub_chunk = s[None, :, None, None] == s[None, None, None, :]
-    inv = tl.where(same_sub_chunk, tl.permute(inv, (1, 0, 2))[:, :, :, None], 0.0)
-    inv = tl.reshape(inv, [C, C])
-    far_gram *= tl.reshape(b, [C])[:, None]
-    for level in tl.static_range(2):
-        part = tl.where(level_mask(token[:, None], token[None, :], A << level), far_gram, 0.0)
-        part = tl.dot(part, inv, input_precision=SOLVE_PRECISION)
-        inv -= tl.dot(inv, part, input_precision=SOLVE_PRECISION)
+    near_token = s[:, None] * A + a[None, :]
+    b = load_beta(beta, start * HV + hv, near_token * HV, near_token < rows, BETA_SIGMOID)
+    k_norm = tl.full([S, A], 1.0, dtype=tl.float32)
+    q_norm = tl.full([S, A], 1.0, dtype=tl.float32)
+    if NORMALIZE:
+        k_norm = tl.rsqrt(tl.sum(tl.where(same, near_gram, 0.0), axis=2) + 1e-6)
+        q_norm = tl.rsqrt(tl.sum(tl.where(same, q_gram, 0.0), axis=2) + 1e-6)
+    at = scales + block * (3 * C) + near_token
+    tl.store(at, q_norm)
+    tl.store(at + C, k_norm)
+    tl.store(at + 2 * C, b)
+    tl.debug_barrier()
 
-    sub_attention += tl.where(same, tl.permute(diagonal, (1, 0))[:, :, None], 0.0)
-    near = tl.where(same_sub_chunk, tl.permute(sub_attention, (1, 0, 2))[:, :, :, None], 0.0)
-    full_attention = (far_attention + tl.reshape(near, [C, C])) * scale
-    out = block * (C * C) + n[:, None] * C + n[None, :]
-    tl.store(attention + out, full_attention.to(OPERAND))
-    tl.store(inverse + out, inv.to(OPERAND))
+    # (I + L)^-1 by blocks: [[X, 0], [L', Y]] has the inverse [[X^-1, 0], [-Y^-1 L' X^-1, Y^-1]]. Every product
+    # is of true inverses, so near-collinear keys, which make the powers of L explode, do no harm.
+    near_gram *= (b * k_norm)[:, :, None] * k_norm[:, None, :]
+    near = tl.where(level_mask(a[:, None], a[None, :], 1)[None, :, :], -near_gram, 0.0)
+    near = tl.where(same, 1.0, near)
+    for level in tl.static_range(1, 4):
+        part = tl.where(level_mask(a[:, None], a[None, :], 1 << level)[None, :, :], near_gram, 0.0)
+        part = tl.dot(part, near, input_precision=SOLVE_PRECISION)
+        near -= tl.dot(near, part, input_precision=SOLVE_PRECISION)
+    first, second = halves(near, 2, A)
+    token = tl.arange(0, 2)[:, None] * (2 * A) + a[None, :]
+    _, column_norm, _ = load_row_scales(scales, block, token, C)
+    _, row_norm, row_b = load_row_scales(scales, block, token + A, C)
+    mid_gram *= (row_norm * row_b)[:, :, None] * column_norm[:, None, :]
+    mid = tl.dot(mid_gram, first, input_precision=SOLVE_PRECISION)
+    mid = -tl.dot(second, mid, input_precision=SOLVE_PRECISION)
+    blocks = stack_rows(stack_columns(first, tl.zeros_like(first)), stack_columns(mid, second))
+    first, second = halves(blocks, 1, 2 * A)
+    token = tl.arange(0, 2 * A)[None, :]
+    _, column_norm, _ = load_row_scales(scales, block, token, C)
+    _, far_norm, far_b = load_row_scales(scales, block, token + 2 * A, C)
+    far_gram *= (far_norm * far_b)[:, :, None] * column_norm[:, None, :]
+    far = tl.dot(far_gram, first, input_precision=SOLVE_PRECISION)
+    far = -tl.dot(second, far, input_precision=SOLVE_PRECISION)
+
+    square = block * (C * C)
+    at = square + s[:, None, None] * (A * C + A) + a[None, :, None] * C + a[None, None, :]
+    tl.store(attention + at, near_attention.to(OPERAND))
+    tl.store(inverse + at, (near * k_norm[:, :, None]).to(OPERAND))
+    at = square + tl.arange(0, 2)[:, None, None] * (2 * (A * C + A)) + a[None, :, None] * C + a[None, None, :]
+    tl.store(attention + at + A * C, mid_attention.to(OPERAND))
+    tl.store(inverse + at + A * C, (mid * row_norm[:, :, None]).to(OPERAND))
+    tl.store(attention + at + A, tl.zeros([2, A, A], dtype=OPERAND))
+    tl.store(inverse + at + A, tl.zeros([2, A, A], dtype=OPERAND))
+    half = tl.arange(0, 2 * A)
+    at = square + half[None, :, None] * C + half[None, None, :]
+    tl.store(attention + at + 2 * A * C, far_attention.to(OPERAND))
+    tl.store(inverse + at + 2 * A * C, (far * far_norm[:, :, None]).to(OPERAND))
+    tl.store(attention + at + 2 * A, tl.zeros([1, 2 * A, 2 * A], dtype=OPERAND))
+    tl.store(inverse + at + 2 * A, tl.zeros([1, 2 * A, 2 * A], dtype=OPERAND))

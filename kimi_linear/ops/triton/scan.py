@@ -1,11 +1,13 @@
 """The two scans over chunks that carry the state, forwards and (for gradients) backwards.
 
-Both take what `prepare_kernel` wrote, in tile order. A program owns a slice of BV value channels of one head of
+Both take what `prepare_kernel` wrote. A program owns a slice of BV value channels of one head of
 one sequence, so nothing is exchanged between programs and every sum has one order.
 """
 
 import triton
 import triton.language as tl
+
+from kimi_linear.ops.triton.prepare import load_row_scales
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def scan_forward_kernel(
     queries,
     write_keys,
     decay,
-    gains,
+    scales,
     inverse,
     attention,
     v,
@@ -40,6 +42,7 @@ def scan_forward_kernel(
     chunk_starts,
     cu_seqlens,
     T,
+    scale,
     HV: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -53,21 +56,19 @@ def scan_forward_kernel(
 ):
     """Per chunk, with S the state at its start:
 
-    delta = inverse (beta v - read_keys S);  o = queries S + attention delta;  S <- decay S + write_keys^T delta.
+    delta = inverse beta (v - rk read_keys S);  o = scale rq (queries S + attention delta);
+    S <- decay S + write_keys^T delta.
 
     With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and delta for the backward
     pass; without `o` computes no output.
     """
-    A: tl.constexpr = 16
-    SUB: tl.constexpr = 4
-    C: tl.constexpr = A * SUB
+    C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV
     sequence = tl.program_id(1) // HV
     hv = tl.program_id(1) % HV
     start, length, first_chunk = place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN, C)
 
     n = tl.arange(0, C)
-    token = (n % SUB) * A + n // SUB
     kk = tl.arange(0, KP)
     vv = v_start + tl.arange(0, BV)
     v_mask = vv < V
@@ -88,22 +89,24 @@ def scan_forward_kernel(
         writes = tl.load(write_keys + block * (C * KP) + key_offsets)
         solve = tl.load(inverse + block * (C * C) + square_offsets)
         scores = tl.load(attention + block * (C * C) + square_offsets)
-        gain = tl.load(gains + block * C + n)
+        q_norm, k_norm, gain = load_row_scales(scales, block, n, C)
         forget = tl.load(decay + block * KP + kk)
-        v_offsets = v_base + token[:, None] * (HV * V) + vv[None, :]
-        mask = (token < length - chunk * C)[:, None] & v_mask[None, :]
+        v_offsets = v_base + n[:, None] * (HV * V) + vv[None, :]
+        mask = (n < length - chunk * C)[:, None] & v_mask[None, :]
         values = tl.load(v + v_offsets, mask=mask, other=0.0).to(tl.float32)
 
         state_operand = state.to(OPERAND)
         if states is not None:
             tl.store(states + block * (KP * VP) + kk[:, None] * VP + vv[None, :], state_operand)
-        error = values * gain[:, None] - tl.dot(keys, state_operand, input_precision=PRECISION)
+        recalled = tl.dot(keys, state_operand, input_precision=PRECISION)
+        error = values * gain[:, None] - recalled * (gain * k_norm)[:, None]
         delta = tl.dot(solve, error.to(OPERAND), input_precision=PRECISION).to(OPERAND)
         if deltas is not None:
             tl.store(deltas + block * (C * VP) + n[:, None] * VP + vv[None, :], delta)
         if o is not None:
             output = tl.dot(query, state_operand, input_precision=PRECISION)
             output = tl.dot(scores, delta, acc=output, input_precision=PRECISION)
+            output *= (q_norm * scale)[:, None]
             tl.store(o + v_offsets, output.to(o.dtype.element_ty), mask=mask)
         state = tl.dot(tl.trans(writes), delta, acc=state * forget[:, None], input_precision=PRECISION)
         block += HV
@@ -119,6 +122,7 @@ def scan_backward_kernel(
     queries,
     write_keys,
     decay,
+    scales,
     inverse,
     attention,
     do,
@@ -129,6 +133,7 @@ def scan_backward_kernel(
     chunk_starts,
     cu_seqlens,
     T,
+    scale,
     HV: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
@@ -142,20 +147,18 @@ def scan_backward_kernel(
 ):
     """`scan_forward_kernel` transposed. Per chunk, last first, with dS the gradient of the state at its end:
 
-    derror = inverse^T (attention^T do + write_keys dS);  dS <- decay dS + queries^T do - read_keys^T derror.
+    derror = inverse^T (attention^T (scale rq do) + write_keys dS);
+    dS <- decay dS + queries^T (scale rq do) - read_keys^T (beta rk derror).
 
     Writes dS to `state_grads` [chunks, HV, KP, VP] and derror to `error_grads` [chunks, HV, 64, VP].
     """
-    A: tl.constexpr = 16
-    SUB: tl.constexpr = 4
-    C: tl.constexpr = A * SUB
+    C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV
     sequence = tl.program_id(1) // HV
     hv = tl.program_id(1) % HV
     start, length, first_chunk = place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN, C)
 
     n = tl.arange(0, C)
-    token = (n % SUB) * A + n // SUB
     kk = tl.arange(0, KP)
     vv = v_start + tl.arange(0, BV)
     v_mask = vv < V
@@ -178,9 +181,11 @@ def scan_backward_kernel(
         solve = tl.load(inverse + block * (C * C) + square_offsets)
         scores = tl.load(attention + block * (C * C) + square_offsets)
         forget = tl.load(decay + block * KP + kk)
-        v_offsets = v_base + token[:, None] * (HV * V) + vv[None, :]
-        mask = (token < length - (chunks - 1 - step) * C)[:, None] & v_mask[None, :]
-        output_grad = tl.load(do + v_offsets, mask=mask, other=0.0).to(OPERAND)
+        v_offsets = v_base + n[:, None] * (HV * V) + vv[None, :]
+        mask = (n < length - (chunks - 1 - step) * C)[:, None] & v_mask[None, :]
+        q_norm, k_norm, gain = load_row_scales(scales, block, n, C)
+        output_grad = tl.load(do + v_offsets, mask=mask, other=0.0).to(tl.float32)
+        output_grad = (output_grad * (q_norm * scale)[:, None]).to(OPERAND)
 
         grad_operand = grad.to(OPERAND)
         tl.store(state_grads + block * (KP * VP) + kk[:, None] * VP + vv[None, :], grad_operand)
@@ -189,7 +194,8 @@ def scan_backward_kernel(
         error_grad = tl.dot(tl.trans(solve), delta_grad.to(OPERAND), input_precision=PRECISION)
         tl.store(error_grads + block * (C * VP) + n[:, None] * VP + vv[None, :], error_grad.to(OPERAND))
         grad = tl.dot(tl.trans(query), output_grad, acc=grad * forget[:, None], input_precision=PRECISION)
-        grad = tl.dot(tl.trans(keys), (-error_grad).to(OPERAND), acc=grad, input_precision=PRECISION)
+        recall_grad = error_grad * (-gain * k_norm)[:, None]
+        grad = tl.dot(tl.trans(keys), recall_grad.to(OPERAND), acc=grad, input_precision=PRECISION)
         block -= HV
         v_base -= C * HV * V
 
