@@ -12,8 +12,8 @@ class BatchSplit:
 
     Attributes:
         num_decodes: sequences, and so tokens, in the decode part.
-        cu_seqlens: [P + 1] int64 on the host, boundaries of the P prefilling sequences, counted from the first token
-            after the decode part.
+        cu_seqlens: [P + 1] int64 on the host, boundaries of the P prefilling sequences, counted from the
+            first token after the decode part.
         lengths: [N] int64 on the host, tokens of each sequence after this step, the decode part first.
         fresh: [F] int64 on the host, the sequences without an earlier token.
     """

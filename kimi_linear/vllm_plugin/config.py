@@ -1,4 +1,4 @@
-"""What vLLM must know of a Kimi Linear config before it builds a model: how to read it, and what to refuse."""
+"""What vLLM must know of a Kimi Linear config before it builds a model: how to read it, what to refuse."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ GPU_LATENT_SIZES = ((512, 64),)
 class ServedConfig(KimiLinearConfig):
     """`transformers.KimiLinearConfig` in place of vLLM's own class of that name.
 
-    The training model reads its config with transformers' class, which leaves defaults out of config.json; vLLM's
-    class has other defaults, so reading with it would serve another model. An absent or null `linear_attn_config`
-    with no `layer_types` means that every layer is MLA.
+    The training model reads its config with transformers' class, which leaves defaults out of config.json;
+    vLLM's class has other defaults, so reading with it would serve another model. An absent or null
+    `linear_attn_config` with no `layer_types` means that every layer is MLA.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -52,8 +52,8 @@ def check_gpu_latent_size(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
     if (kv_lora_rank, qk_rope_head_dim) not in GPU_LATENT_SIZES:
         served = " or ".join(f"{rank} + {rope}" for rank, rope in GPU_LATENT_SIZES)
         raise ValueError(
-            f"kv_lora_rank + qk_rope_head_dim = {kv_lora_rank} + {qk_rope_head_dim} has no MLA kernel on a GPU: "
-            f"use {served}, or serve this model on the CPU"
+            f"kv_lora_rank + qk_rope_head_dim = {kv_lora_rank} + {qk_rope_head_dim} has no MLA kernel on "
+            f"a GPU: use {served}, or serve this model on the CPU"
         )
 
 
@@ -87,8 +87,9 @@ class EngineChecks(VerifyAndUpdateConfig):
 def describe_latent_cache_as_one_head(model_config: "ModelConfig") -> None:
     """Present MLA's cache to the scheduler as attention with one head of latent size.
 
-    vLLM's CPU platform turns chunked prefill off and fixes the block size at 16 for models it knows as MLA, because
-    of limits in its own CPU kernel. Ours (`kimi_linear.vllm_plugin.latent_attention`) has neither limit.
+    vLLM's CPU platform turns chunked prefill off and fixes the block size at 16 for models it knows as MLA,
+    because of limits in its own CPU kernel. Ours (`kimi_linear.vllm_plugin.latent_attention`) has neither
+    limit.
     """
     config = model_config.hf_config
     model_config.model_arch_config = replace(

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention for vLLM: one recurrent state and one convolution state per sequence, in vLLM's cache pages."""
+"""Kimi Delta Attention for vLLM: a recurrent and a convolution state per sequence, in vLLM's cache pages."""
 
 from dataclasses import dataclass, replace
 
@@ -65,15 +65,18 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
 
     def build(
         self,
-        common_prefix_len: int,
+        common_prefix_len: int,  # noqa: ARG002 (vLLM's signature)
         common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
+        fast_build: bool = False,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
         slots = common_attn_metadata.block_table_tensor[: common_attn_metadata.num_reqs, 0].long()
         return DeltaMetadata(split_batch(common_attn_metadata), slots)
 
     def update_block_table(
-        self, metadata: DeltaMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        metadata: DeltaMetadata,
+        blk_table: torch.Tensor,
+        slot_mapping: torch.Tensor,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
         return replace(metadata, slots=blk_table[: len(metadata.slots), 0].long())
 
@@ -99,7 +102,7 @@ class DeltaBackend(AttentionBackend):
 
 
 def state_shapes(config: KimiLinearConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Shapes of one sequence's states in one layer: the last inputs of the convolution, and S as [H, K, V]."""
+    """Shapes of one sequence's states in one layer: the last inputs of the convolution, S as [H, K, V]."""
     heads, dim = config.linear_num_heads, config.linear_head_dim
     return (config.linear_conv_kernel_dim - 1, 3 * heads * dim), (heads, dim, dim)
 
@@ -110,7 +113,9 @@ def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
 
 
 class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
-    """One KDA layer (arXiv:2510.26692): projections, short convolution, gated delta rule, gated norm, output."""
+    """One KDA layer (arXiv:2510.26692): projections, convolution, gated delta rule, gated norm, output."""
+
+    kv_cache: tuple[torch.Tensor, torch.Tensor]
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -176,8 +181,12 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return self.dtypes
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, hidden] -> [T, hidden]; `positions` is for MLA's sake and not read."""
+    def forward(
+        self,
+        positions: torch.Tensor,  # noqa: ARG002 (all attention layers are called alike)
+        hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """hidden_states [T, hidden] -> [T, hidden]."""
         inner = self.heads * self.dim
         qkv, beta = self.qkvb_proj(hidden_states)[0].split((3 * inner, self.heads), dim=-1)
         f, gate = self.fg_a_proj(hidden_states)[0].split((self.dim, self.dim), dim=-1)
@@ -211,30 +220,51 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
             conv_states[slots] = 0
             states[slots] = 0
         if n:
-            slots = step.slots[:n]
-            x, conv_states[slots] = convolution_step(
-                qkv[:n], self.conv_weight, conv_states.index_select(0, slots)
-            )
-            q, k, v = x.view(n, 3, 1, self.heads, self.dim).unbind(1)
-            o_step, states[slots] = fused_recurrent_kda(
-                q, k, v, f[:n].unsqueeze(1), beta[:n].unsqueeze(1),
-                initial_state=states.index_select(0, slots), output_final_state=True,
-                use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-                A_log=self.A_log, dt_bias=self.dt_bias,
-            )  # fmt: skip
-            o[:n] = o_step.squeeze(1)
+            o[:n] = self.decode(qkv[:n], f[:n], beta[:n], step.slots[:n])
         if split.num_prefills:
             end = n + int(split.cu_seqlens[-1])
-            slots, cu_seqlens = step.slots[n:], split.cu_seqlens.to(qkv.device)
-            rows, history = qkv[n:end], conv_states.index_select(0, slots)
-            x = short_convolution(rows, self.conv_weight, cu_seqlens, history)
-            conv_states[slots] = convolution_state(rows, self.conv_weight.shape[1], cu_seqlens, history)
-            q, k, v = x.view(1, -1, 3, self.heads, self.dim).unbind(2)
-            o_rows, states[slots] = chunk_kda(
-                q, k, v, f[n:end].unsqueeze(0), beta[n:end].unsqueeze(0),
-                initial_state=states.index_select(0, slots), output_final_state=True,
-                use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-                A_log=self.A_log, dt_bias=self.dt_bias, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
-            o[n:end] = o_rows.squeeze(0)
+            o[n:end] = self.prefill(qkv[n:end], f[n:end], beta[n:end], step.slots[n:], split.cu_seqlens)
         return o
+
+    def decode(
+        self, qkv: torch.Tensor, f: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """One token of each of N sequences, all at once: as `attend`, with slots [N]."""
+        conv_states, states = self.kv_cache
+        # index_select copies whole states, several times faster than indexing with a tensor does.
+        x, history = convolution_step(qkv, self.conv_weight, conv_states.index_select(0, slots))
+        q, k, v = x.view(-1, 3, 1, self.heads, self.dim).unbind(1)
+        o, final = fused_recurrent_kda(
+            q, k, v, f.unsqueeze(1), beta.unsqueeze(1),
+            initial_state=states.index_select(0, slots), output_final_state=True,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            A_log=self.A_log, dt_bias=self.dt_bias,
+        )  # fmt: skip
+        assert final is not None
+        conv_states[slots], states[slots] = history, final
+        return o.squeeze(1)
+
+    def prefill(
+        self,
+        qkv: torch.Tensor,
+        f: torch.Tensor,
+        beta: torch.Tensor,
+        slots: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Several tokens of each of P sequences: as `attend`, with slots [P] and cu_seqlens [P + 1]."""
+        conv_states, states = self.kv_cache
+        cu_seqlens = cu_seqlens.to(qkv.device)
+        history = conv_states.index_select(0, slots)
+        x = short_convolution(qkv, self.conv_weight, cu_seqlens, history)
+        q, k, v = x.view(1, -1, 3, self.heads, self.dim).unbind(2)
+        o, final = chunk_kda(
+            q, k, v, f.unsqueeze(0), beta.unsqueeze(0),
+            initial_state=states.index_select(0, slots), output_final_state=True,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+            A_log=self.A_log, dt_bias=self.dt_bias, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        assert final is not None
+        conv_states[slots] = convolution_state(qkv, self.conv_weight.shape[1], cu_seqlens, history)
+        states[slots] = final
+        return o.squeeze(0)

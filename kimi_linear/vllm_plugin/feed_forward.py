@@ -45,8 +45,9 @@ class DenseMLP(nn.Module, WeightParts):
 class SparseMoE(nn.Module, WeightParts):
     """Routed experts and one shared expert.
 
-    The router follows DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): sigmoid scores choose, with a bias that balances
-    load, within the best groups; the scores without the bias weigh the chosen experts' outputs.
+    The router follows DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): sigmoid scores choose, with a bias
+    that balances load, within the best groups; the scores without the bias weigh the chosen experts'
+    outputs.
     """
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:

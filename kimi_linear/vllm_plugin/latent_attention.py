@@ -1,8 +1,8 @@
 """Attention over a paged cache of latents on the CPU, for latents of any size.
 
-Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1: the cache holds one latent [kv_lora_rank] and one shared key part
-[qk_rope_head_dim] per token. Decoding multiplies the query by the key up-projection instead of expanding every cached
-key; prefill expands the latents, since there each is read by many queries.
+Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1: the cache holds one latent [kv_lora_rank] and one
+shared key part [qk_rope_head_dim] per token. Decoding multiplies the query by the key up-projection instead
+of expanding every cached key; prefill expands the latents, since there each is read by many queries.
 """
 
 from dataclasses import dataclass
@@ -79,9 +79,9 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
 
     def build(
         self,
-        common_prefix_len: int,
+        common_prefix_len: int,  # noqa: ARG002 (vLLM's signature)
         common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
+        fast_build: bool = False,  # noqa: ARG002 (vLLM's signature)
     ) -> LatentMetadata:
         common = common_attn_metadata
         split = split_batch(common)
@@ -135,7 +135,9 @@ class LatentAttentionBackend(AttentionBackend):
         raise NotImplementedError("PagedLatentAttention computes attention itself")
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,  # noqa: ARG004 (vLLM's signature)
+    ) -> list[int | MultipleOf]:
         return [MultipleOf(1)]
 
     @classmethod
@@ -150,7 +152,7 @@ class LatentAttentionBackend(AttentionBackend):
 
 
 class PagedLatentAttention(nn.Module, AttentionLayerBase):
-    """Attention of MLA heads over the paged latent cache; takes the place of vLLM's `MLAAttention` on the CPU.
+    """Attention of MLA heads over the paged latent cache, in place of vLLM's `MLAAttention` on the CPU.
 
     Up-projections are read from `kv_b_proj` at every step, so new weights need no further processing.
     """
@@ -252,8 +254,6 @@ class PagedLatentAttention(nn.Module, AttentionLayerBase):
         mask = None
         if earlier:
             mask = torch.ones(q.shape[0], sequence.length, dtype=torch.bool).tril(earlier)
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
         return o.squeeze(0).transpose(0, 1)

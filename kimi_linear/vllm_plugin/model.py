@@ -1,7 +1,7 @@
 """The served model: one class for the hybrid of KDA and MLA layers and for the all-MLA twin.
 
-`config.layer_types` decides: vLLM takes a model whose layers are all full attention for a plain transformer, with no
-recurrent state to manage.
+`config.layer_types` decides: vLLM takes a model whose layers are all full attention for a plain
+transformer, with no recurrent state to manage.
 """
 
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ from kimi_linear.vllm_plugin.weights import (
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (arXiv:2405.04434), without position encoding unless `mla_use_nope` is false."""
+    """Multi-head latent attention (arXiv:2405.04434), with RoPE only where `mla_use_nope` is false."""
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -120,13 +120,9 @@ class DecoderLayer(nn.Module):
         kind = LatentAttention if config.layer_types[layer] == FULL_ATTENTION else KimiDeltaAttention
         self.self_attn = kind(config, vllm_config, f"{prefix}.self_attn")
         if is_sparse_layer(config, layer):
-            self.block_sparse_moe = self.feed_forward = SparseMoE(
-                config, vllm_config, f"{prefix}.block_sparse_moe"
-            )
+            self.block_sparse_moe = SparseMoE(config, vllm_config, f"{prefix}.block_sparse_moe")
         else:
-            self.mlp = self.feed_forward = DenseMLP(
-                config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp"
-            )
+            self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, vllm_config, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -141,7 +137,8 @@ class DecoderLayer(nn.Module):
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.feed_forward(hidden_states), residual
+        feed_forward = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+        return feed_forward(hidden_states), residual
 
 
 class KimiLinearModel(nn.Module):
@@ -214,12 +211,15 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, WeightParts):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None,
+        input_ids: torch.Tensor,
         positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
+        intermediate_tensors: IntermediateTensors | None = None,  # noqa: ARG002 (vLLM's signature)
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """input_ids [T] or inputs_embeds [T, hidden], positions [T] -> hidden states [T, hidden]."""
+        """Hidden states [T, hidden] of tokens input_ids [T] at positions [T].
+
+        inputs_embeds [T, hidden], if given, take the place of the tokens' embeddings.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         return self.model(positions, inputs_embeds)
@@ -231,8 +231,8 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, WeightParts):
         """Copy checkpoint tensors, any subset in any order, into the parameters.
 
         Returns:
-            Names of the parameters that this call filled entirely, which is what vLLM's loaders compare with the
-            model's own.
+            Names of the parameters that this call filled entirely, which is what vLLM's loaders compare
+            with the model's own.
 
         Raises:
             ValueError: a name that the model does not have, or a tensor of another shape.

@@ -12,8 +12,8 @@ from kimi_linear.vllm_plugin.weights import load_parts
 def load_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Copy a whole checkpoint into the model that a worker serves, in place.
 
-    Call it as `llm.collective_rpc(load_weights, args=(weights,))` or from a worker extension. Sequences in flight keep
-    the cache that the old weights filled: pause or abort them first if that matters.
+    Call it as `llm.collective_rpc(load_weights, args=(weights,))` or from a worker extension. Sequences in
+    flight keep the cache that the old weights filled: pause or abort them first if that matters.
 
     Args:
         worker: vLLM's worker, with the model loaded.
@@ -23,8 +23,8 @@ def load_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]
         The names copied: all that the model has.
 
     Raises:
-        ValueError: a name that the model does not have, one that comes twice or not at all, or a tensor of another
-            shape. Tensors before the offending one have been copied by then.
+        ValueError: a name that the model does not have, one that comes twice or not at all, or a tensor of
+            another shape. Tensors before the offending one have been copied by then.
     """
     model = worker.model_runner.get_model()
     loaded: set[str] = set()

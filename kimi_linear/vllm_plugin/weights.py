@@ -1,4 +1,4 @@
-"""Names of the released checkpoint against parameters of the served model, where several tensors share one."""
+"""Which parameter of the served model, or part of one, a tensor of the released checkpoint goes to."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -92,16 +92,17 @@ def new_parameter(shape: tuple[int, ...], dtype: torch.dtype | None = None) -> n
 
 
 def keep_weights_in_place(module: nn.Module) -> None:
-    """Have vLLM's linear layers on the CPU multiply by `weight` itself, not by a packed copy made after loading.
+    """Have vLLM's linear layers on the CPU multiply by `weight` itself, not by a copy packed after loading.
 
     A copy would go stale when a learner writes new weights into a running engine.
     """
     for child in module.children():
-        child._cpu_skip_gemm_dispatch = True  # vLLM's own switch, read in UnquantizedLinearMethod
+        # vLLM's own switch, read in UnquantizedLinearMethod. Not a tensor, so past nn.Module's types.
+        child.__dict__["_cpu_skip_gemm_dispatch"] = True
 
 
 class InPlaceEmbedding(UnquantizedEmbeddingMethod):
     """`keep_weights_in_place` for embeddings, which have no such switch."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        layer.cpu_linear = F.linear
+        layer.__dict__["cpu_linear"] = F.linear

@@ -1,7 +1,7 @@
 """The plugin in real vLLM engines on the CPU, against the training model in float32.
 
-Engines run in this process and are shared by the tests of this module. They are small on purpose: fewer slots than
-requests, steps shorter than prompts, and a cache that cannot hold every running sequence.
+Engines run in this process and are shared by the tests of this module. They are small on purpose: fewer
+slots than requests, steps shorter than prompts, and a cache that cannot hold every running sequence.
 """
 
 import os
@@ -123,14 +123,14 @@ def in_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def hybrid(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = serve(random_model(small_config(), seed=1), tmp_path_factory.mktemp("hybrid"), blocks=48)
     yield served
     stop(served)
 
 
 @pytest.fixture(scope="module")
-def twin(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = random_model(mla_twin(small_config()), seed=2)
     served = serve(model, tmp_path_factory.mktemp("twin"), blocks=48)
     yield served
@@ -144,8 +144,8 @@ def served(request: pytest.FixtureRequest) -> Served:
 
 def mixed_requests(generator: torch.Generator | None = None) -> tuple[list[list[int]], list[int]]:
     """64 prompts of 1 to 190 tokens and their output lengths, three of them the longest that we promise."""
-    prompt_lengths = [1, 2, 3, 190, 150, 97] + torch.randint(1, 60, (58,), generator=generator).tolist()
-    lengths = [LONGEST_OUTPUT] * 3 + torch.randint(1, 70, (61,), generator=generator).tolist()
+    prompt_lengths = [1, 2, 3, 190, 150, 97, *torch.randint(1, 60, (58,), generator=generator).tolist()]
+    lengths = [*[LONGEST_OUTPUT] * 3, *torch.randint(1, 70, (61,), generator=generator).tolist()]
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in prompt_lengths]
     return prompts, lengths
 
@@ -157,7 +157,7 @@ def log_probabilities(
     """log p [n, V] of the training model at each token of each completion."""
     rows = [prompt + list(c.token_ids) for prompt, c in zip(prompts, completions, strict=True)]
     bounds = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    hidden = model.packed_hidden_states(torch.tensor(sum(rows, [])), bounds)
+    hidden = model.packed_hidden_states(torch.tensor([token for row in rows for token in row]), bounds)
     logits = model.lm_head(hidden).log_softmax(-1)
     return [logits[bounds[i] + len(prompt) - 1 : bounds[i + 1] - 1] for i, prompt in enumerate(prompts)]
 
@@ -292,7 +292,7 @@ def test_pages_of_no_sequence_are_not_written(hybrid: Served) -> None:
 
 
 def test_an_engine_started_without_weights_serves_those_it_gets_later_and_experts_agree(
-    in_process: None, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     config = small_config(
         first_k_dense_replace=1,

@@ -1,0 +1,122 @@
+"""What the vLLM plugin reads from a config, and what it refuses before an engine starts."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kimi_linear.checkpoint import released_config
+from kimi_linear.config import FULL_ATTENTION, mla_twin, preset
+from kimi_linear.vllm_plugin import ARCHITECTURE, register
+from kimi_linear.vllm_plugin.config import (
+    EngineChecks,
+    ServedConfig,
+    check_gpu_latent_size,
+    check_model,
+    is_sparse_layer,
+)
+
+
+def model_config(folder: Path, settings: dict[str, Any]) -> Any:
+    """vLLM's view of a folder with this config.json."""
+    from vllm.config import ModelConfig
+
+    register()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32")
+
+
+def test_vllm_manages_recurrent_states_for_the_hybrid_alone(tmp_path: Path) -> None:
+    hybrid = preset("tiny")
+    assert model_config(tmp_path, released_config(hybrid)).is_hybrid
+    assert not model_config(tmp_path, released_config(mla_twin(hybrid))).is_hybrid
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_config_without_linear_attention_is_all_mla(tmp_path: Path, absent: bool) -> None:
+    settings = released_config(preset("tiny"))
+    settings["linear_attn_config"] = None
+    if absent:
+        del settings["linear_attn_config"]
+    config = model_config(tmp_path, settings)
+    assert not config.is_hybrid
+    assert config.hf_config.layer_types == [FULL_ATTENTION] * config.hf_config.num_hidden_layers
+
+
+@pytest.mark.parametrize("num_experts", [None, 0, 1])
+def test_a_config_whose_layers_have_no_experts_is_dense(num_experts: int | None) -> None:
+    settings = released_config(preset("tiny"))
+    settings["num_experts"] = num_experts
+    config = ServedConfig.from_dict(settings)
+    assert not any(is_sparse_layer(config, layer) for layer in range(config.num_hidden_layers))
+
+
+def test_vllm_reads_what_transformers_wrote(tmp_path: Path) -> None:
+    written = preset("tiny", {"first_k_dense_replace": 1, "num_experts": 4, "rms_norm_eps": 3e-5})
+    written.architectures = [ARCHITECTURE]
+    written.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    read = model_config(tmp_path, settings).hf_config
+    for name in (
+        "layer_types",
+        "mlp_layer_types",
+        "num_experts",
+        "num_experts_per_token",
+        "rms_norm_eps",
+        "mla_use_nope",
+        "routed_scaling_factor",
+    ):
+        assert getattr(read, name) == getattr(written, name), name
+
+
+def test_a_latent_without_a_gpu_kernel_is_refused_in_one_line_before_a_worker_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_gpu_latent_size(512, 64)
+    with pytest.raises(ValueError, match=r"64 \+ 16 has no MLA kernel on a GPU: use 512 \+ 64") as error:
+        check_gpu_latent_size(64, 16)
+    assert "\n" not in str(error.value)
+
+    served = SimpleNamespace(hf_config=preset("tiny"))
+    EngineChecks.verify_and_update_model_config(served)
+    gpu = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr("kimi_linear.vllm_plugin.config.current_platform", gpu)
+    with pytest.raises(ValueError, match="no MLA kernel on a GPU"):
+        EngineChecks.verify_and_update_model_config(served)
+    served.hf_config = preset("small")
+    EngineChecks.verify_and_update_model_config(served)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("q_lora_rank", 32), ("hidden_act", "gelu"), ("moe_router_activation_func", "softmax")],
+)
+def test_a_model_that_is_not_served_is_refused_by_key_and_value(key: str, value: Any) -> None:
+    config = preset("tiny")
+    setattr(config, key, value)
+    with pytest.raises(ValueError, match=f"^{key}={value!r}: "):
+        check_model(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+        ({"enable_prefix_caching": True}, "enable_prefix_caching=True"),
+    ],
+)
+def test_engine_settings_that_would_serve_wrongly_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    settings = {"enable_prefix_caching": False, **parallel, **changes}
+    engine = SimpleNamespace(
+        model_config=model_config(tmp_path, released_config(preset("tiny"))),
+        parallel_config=SimpleNamespace(**{name: settings[name] for name in parallel}),
+        cache_config=SimpleNamespace(enable_prefix_caching=settings["enable_prefix_caching"]),
+    )
+    with pytest.raises(ValueError, match=message):
+        EngineChecks.verify_and_update_config(engine)
