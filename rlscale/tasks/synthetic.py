@@ -39,7 +39,7 @@ class Reversal(Task):
 
 
 class SortingOptions(TaskOptions):
-    alphabet: int = Field(10, ge=2, le=len(SYMBOLS))
+    alphabet: int = Field(4, ge=2, le=len(SYMBOLS))
     """Different characters that a sequence is drawn from: a-z, then A-Z, then 0-9, sorted in this order."""
     distinct: bool = False
     """Draw no character twice; the required length is then at most the alphabet's."""
