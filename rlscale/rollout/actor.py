@@ -149,7 +149,7 @@ class RolloutPool:
         """
         self.ready()
         started = time.perf_counter()
-        slices = _even_slices(len(prompts), len(self._workers))
+        slices = even_slices(len(prompts), len(self._workers))
         futures = [
             worker.generate.remote(
                 prompts[first:end], replace(sampling, first_prompt=sampling.first_prompt + first)
@@ -192,7 +192,7 @@ class RolloutPool:
         return gather(futures, "rollout worker")
 
 
-def _even_slices(items: int, parts: int) -> list[tuple[int, int]]:
+def even_slices(items: int, parts: int) -> list[tuple[int, int]]:
     """Cuts range(items) into `parts` runs whose sizes differ by one at most."""
     ends = [items * (i + 1) // parts for i in range(parts)]
     return list(zip([0, *ends], ends, strict=False))

@@ -27,6 +27,7 @@ from rlscale.types import Completion, FinishReason, GenerationReport, Sampling
 from rlscale.weights.base import account_for
 
 _BATCHED_TOKENS = 8192  # of one forward pass on a CPU
+_BLOCK_TOKENS = 16
 _ENVIRONMENT = {
     # The engine in this process: one process per actor, and weights need not be sent on.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -90,6 +91,8 @@ class VLLMEngine:
                         max_num_seqs=max_num_seqs,
                         kv_cache_memory_bytes=cache_bytes,
                         enable_prefix_caching=False,
+                        # The smallest there is, so that a short sequence takes little of the pool.
+                        block_size=_BLOCK_TOKENS if on_cpu else None,
                         enforce_eager=on_cpu,
                         # vLLM rewinds the random numbers of a prompt that it cut: no CPU generator can.
                         enable_chunked_prefill=not on_cpu,
@@ -155,8 +158,8 @@ class VLLMEngine:
         from vllm.v1.kv_cache_interface import MambaSpec
 
         config = self._engine.engine_core.engine_core.scheduler.kv_cache_config
-        # One block of any group is one slice of every tensor of the pool.
-        bytes_per_block = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        # Every tensor lies in the one pool, and a block is the same slice of it whichever group has it.
+        bytes_per_block = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
         blocks = 0
         for group in config.kv_cache_groups:
             spec = group.kv_cache_spec
