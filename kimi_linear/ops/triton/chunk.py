@@ -250,12 +250,11 @@ class ChunkKDA(torch.autograd.Function):
         dq = torch.empty(per_head, dtype=qk_dtype, device=q.device)
         dk = torch.empty(per_head, dtype=qk_dtype, device=q.device)
         dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
-        bias_parts = torch.zeros(*blocks, p.key_dim, device=q.device) if dt_bias is not None else None
+        bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
         rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
         gradient_kernel[(p.chunks * p.value_heads,)](
             q,
             k,
-            v,
             g,
             beta,
             a_log,
@@ -293,7 +292,7 @@ class ChunkKDA(torch.autograd.Function):
             dq = dq.unflatten(2, (p.heads, groups)).sum(3).to(q.dtype)
             dk = dk.unflatten(2, (p.heads, groups)).sum(3).to(k.dtype)
         da_log = None if a_log is None else rate_parts.sum(0).view_as(a_log).to(a_log.dtype)
-        ddt_bias = None if dt_bias is None else bias_parts.sum(0).view_as(dt_bias).to(dt_bias.dtype)
+        ddt_bias = None if dt_bias is None else bias_parts.sum((0, 2)).view_as(dt_bias).to(dt_bias.dtype)
         return None, dq, dk, dv, dg, dbeta, da_log, ddt_bias, initial_state_grad, None
 
 

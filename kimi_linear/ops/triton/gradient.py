@@ -47,7 +47,6 @@ def value_products(
     do,
     deltas,
     error_grads,
-    v,
     scales,
     v_base,
     packed,
@@ -66,8 +65,7 @@ def value_products(
 ):
     """Products over the value channels between tokens `row` [G, N] and tokens `column` [G, N], all [G, N, N].
 
-    do' delta^T and its transpose; -derror delta^T, and its transpose times the rows' beta rk; and, for each row,
-    derror . v [G, N].
+    do' delta^T and -beta rk derror delta^T, each followed by its transpose.
     """
     G: tl.constexpr = row.shape[0]
     N: tl.constexpr = row.shape[1]
@@ -75,7 +73,6 @@ def value_products(
     pair_t = tl.zeros([G, N, N], dtype=tl.float32)
     gram = tl.zeros([G, N, N], dtype=tl.float32)
     gram_t = tl.zeros([G, N, N], dtype=tl.float32)
-    along = tl.zeros([G, N], dtype=tl.float32)
     q_norm, k_norm, b = load_row_scales(scales, block, row, C)
     for v_start in tl.range(0, VP, BV):
         vv = v_start + tl.arange(0, BV)
@@ -83,7 +80,6 @@ def value_products(
         offsets = v_base + row[:, :, None] * (HV * V) + vv[None, None, :]
         output_grad = tl.load(do + offsets, mask=mask, other=0.0).to(tl.float32)
         output_grad = (output_grad * (q_norm * scale)[:, :, None]).to(OPERAND)
-        values = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
         error_grad = tl.load(error_grads + packed + row[:, :, None] * VP + vv[None, None, :])
         delta = tl.load(deltas + packed + column[:, :, None] * VP + vv[None, None, :])
         output_grad_t = tl.permute(output_grad, (0, 2, 1))
@@ -93,15 +89,14 @@ def value_products(
         pair_t = tl.dot(delta, output_grad_t, acc=pair_t, input_precision=PRECISION)
         gram = tl.dot(error_grad, delta_t, acc=gram, input_precision=PRECISION)
         gram_t = tl.dot(delta, error_grad_t, acc=gram_t, input_precision=PRECISION)
-        along += tl.sum(error_grad.to(tl.float32) * values, axis=2)
-    return pair, pair_t, -gram, -gram_t * (b * k_norm)[:, None, :], along
+    row_scale = -b * k_norm
+    return pair, pair_t, gram * row_scale[:, :, None], gram_t * row_scale[:, None, :]
 
 
 @triton.jit
 def gradient_kernel(
     q,
     k,
-    v,
     g,
     beta,
     a_log,
@@ -164,26 +159,24 @@ def gradient_kernel(
     packed = block * (C * VP)
 
     # The gradients of P and L, in the pieces of `prepare_kernel`, and of their transposes, which columns need.
-    # Rows of L get their factor beta rk last, because its own gradient needs them without; columns get it here.
     a = tl.arange(0, A)
     near = tl.arange(0, S)[:, None] * A + a[None, :]
     mid = tl.arange(0, 2)[:, None] * (2 * A) + a[None, :]
     far = tl.arange(0, 2 * A)[None, :]
-    near_pair, near_pair_t, near_gram, near_gram_t, b_grad = value_products(
-        do, deltas, error_grads, v, scales, v_base, packed, block, near, near, rows, scale, HV, V, VP, BV, C,
+    near_pair, near_pair_t, near_gram, near_gram_t = value_products(
+        do, deltas, error_grads, scales, v_base, packed, block, near, near, rows, scale, HV, V, VP, BV, C,
         OPERAND, PRECISION,
     )
-    mid_pair, mid_pair_t, mid_gram, mid_gram_t, _ = value_products(
-        do, deltas, error_grads, v, scales, v_base, packed, block, mid + A, mid, rows, scale, HV, V, VP, BV, C,
+    mid_pair, mid_pair_t, mid_gram, mid_gram_t = value_products(
+        do, deltas, error_grads, scales, v_base, packed, block, mid + A, mid, rows, scale, HV, V, VP, BV, C,
         OPERAND, PRECISION,
     )
-    far_pair, far_pair_t, far_gram, far_gram_t, _ = value_products(
-        do, deltas, error_grads, v, scales, v_base, packed, block, far + 2 * A, far, rows, scale, HV, V, VP, BV, C,
+    far_pair, far_pair_t, far_gram, far_gram_t = value_products(
+        do, deltas, error_grads, scales, v_base, packed, block, far + 2 * A, far, rows, scale, HV, V, VP, BV, C,
         OPERAND, PRECISION,
     )
     same = a[None, :, None] == a[None, None, :]
     lower = a[None, :, None] > a[None, None, :]
-    diagonal = tl.sum(tl.where(same, near_pair, 0.0), axis=2)
     near_pair = near_pair.to(OPERAND)
     near_pair_t = near_pair_t.to(OPERAND)
     near_gram = tl.where(lower, near_gram, near_gram_t).to(OPERAND)
@@ -200,16 +193,10 @@ def gradient_kernel(
     s = tl.arange(0, S)
     tokens = s[None, :] * A + a[:, None]
     row_mask = tokens < rows
-    diagonal = tl.permute(diagonal, (1, 0))[:, :, None]
-    _, k_norm, b = load_row_scales(scales, block, tokens, C)
-    row_scale = (k_norm * b)[:, :, None]
-    q_along = tl.zeros([A, S], dtype=tl.float32)
-    k_along = tl.zeros([A, S], dtype=tl.float32)
-    k_rows_along = tl.zeros([A, S], dtype=tl.float32)
     rate = 1.0
     if a_log is not None:
         rate = tl.exp2(tl.load(a_log + hv).to(tl.float32) * LOG2E)
-        rate_grad = 0.0
+        rate_grad = tl.zeros([S, BK], dtype=tl.float32)
 
     for k_start in tl.range(0, KP, BK):
         channels = k_start + tl.arange(0, BK)
@@ -225,9 +212,12 @@ def gradient_kernel(
         before = tl.where(mask, log2_decay(f, 0.0, rate, lower_bound, GATE), 0.0)
         after = tl.zeros_like(before)
 
-        q_grad = tl.zeros([A, S, BK], dtype=tl.float32)
-        row_grad = tl.zeros([A, S, BK], dtype=tl.float32)
-        column_grad = tl.zeros([A, S, BK], dtype=tl.float32)
+        # The diagonal of P, which no decay touches.
+        own = tl.where(same, near_pair, nothing)
+        q_grad = tl.dot(own, tl.permute(k_tile.to(OPERAND), (1, 0, 2)), input_precision=PRECISION)
+        k_grad = tl.dot(own, tl.permute(q_tile.to(OPERAND), (1, 0, 2)), input_precision=PRECISION)
+        q_grad = tl.permute(q_grad, (1, 0, 2))
+        k_grad = tl.permute(k_grad, (1, 0, 2))
         g_grad = tl.zeros([A, S, BK], dtype=tl.float32)
         for level in tl.static_range(4):
             d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
@@ -240,12 +230,10 @@ def gradient_kernel(
             to_k = tl.dot(tl.where(up, near_pair_t, nothing), q_decayed, acc=to_k, input_precision=PRECISION)
             to_q = tl.permute(to_q, (1, 0, 2)) * d
             to_k = tl.permute(to_k, (1, 0, 2)) * d
-            is_row = ((a >> level) % 2 == 1)[:, None, None]
             q_grad += to_q
-            row_grad += tl.where(is_row, to_k, 0.0)
-            column_grad += tl.where(is_row, 0.0, to_k)
-            to_g = k_tile * to_k
-            to_g = tl.where(is_row, q_tile * to_q + row_scale * to_g, to_g)
+            k_grad += to_k
+            # to_q is zero in columns.
+            to_g = q_tile * to_q + k_tile * to_k
             g_grad += segment_sums(to_g, 1 << level, A, S, BK)
             before, after = double_segments(before, after, 1 << level, A, S, BK)
 
@@ -258,14 +246,14 @@ def gradient_kernel(
             q_decayed = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
             if level == 0:
                 k_columns, k_rows = halves(k_decayed, 2, A)
-                _, q_rows = halves(q_decayed, 2, A)
+                _q_columns, q_rows = halves(q_decayed, 2, A)
                 to_q = tl.dot(mid_pair, k_columns, input_precision=PRECISION)
                 to_rows = tl.dot(mid_gram, k_columns, input_precision=PRECISION)
                 to_columns = tl.dot(mid_pair_t, q_rows, input_precision=PRECISION)
                 to_columns = tl.dot(mid_gram_t, k_rows, acc=to_columns, input_precision=PRECISION)
             else:
                 k_columns, k_rows = halves(k_decayed, 1, 2 * A)
-                _, q_rows = halves(q_decayed, 1, 2 * A)
+                _q_columns, q_rows = halves(q_decayed, 1, 2 * A)
                 to_q = tl.dot(far_pair, k_columns, input_precision=PRECISION)
                 to_rows = tl.dot(far_gram, k_columns, input_precision=PRECISION)
                 to_columns = tl.dot(far_pair_t, q_rows, input_precision=PRECISION)
@@ -276,10 +264,9 @@ def gradient_kernel(
             to_k = tl.permute(to_k, (1, 0, 2)) * d
             is_row = ((s >> level) % 2 == 1)[None, :, None]
             q_grad += to_q
-            row_grad += tl.where(is_row, to_k, 0.0)
-            column_grad += tl.where(is_row, 0.0, to_k)
-            to_g = k_tile * to_k
-            to_g = tl.where(is_row, q_tile * to_q + row_scale * to_g, to_g)
+            k_grad += to_k
+            # to_q is zero in columns.
+            to_g = q_tile * to_q + k_tile * to_k
             g_grad += tl.where(is_row, tl.cumsum(to_g, axis=0, reverse=True), tl.cumsum(to_g, axis=0) - to_g)
             g_grad += sub_chunk_sums(tl.sum(to_g, axis=0, keep_dims=True), 1 << level, S, BK)
             offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 1 << level, S, BK)
@@ -290,7 +277,7 @@ def gradient_kernel(
         to_column2 = tl.zeros([C, BK], dtype=tl.float32)
         through = tl.zeros([BK], dtype=tl.float32)
         n = tl.arange(0, C)
-        q_norm, _, _ = load_row_scales(scales, block, n, C)
+        n_q_norm, n_k_norm, n_b = load_row_scales(scales, block, n, C)
         for v_start in tl.range(0, VP, BV):
             vv = v_start + tl.arange(0, BV)
             state_offsets = block * (KP * VP) + channels[:, None] * VP + vv[None, :]
@@ -298,30 +285,35 @@ def gradient_kernel(
             state_grad = tl.load(state_grads + state_offsets)
             v_mask = (n < rows)[:, None] & (vv < V)[None, :]
             output_grad = tl.load(do + v_base + n[:, None] * (HV * V) + vv[None, :], mask=v_mask, other=0.0)
-            output_grad = (output_grad.to(tl.float32) * (q_norm * scale)[:, None]).to(OPERAND)
+            output_grad = (output_grad.to(tl.float32) * (n_q_norm * scale)[:, None]).to(OPERAND)
             delta = tl.load(deltas + packed + n[:, None] * VP + vv[None, :])
             error_grad = tl.load(error_grads + packed + n[:, None] * VP + vv[None, :])
+            recall_grad = (error_grad.to(tl.float32) * (-n_b * n_k_norm)[:, None]).to(OPERAND)
             to_q2 = tl.dot(output_grad, tl.trans(state), acc=to_q2, input_precision=PRECISION)
-            to_row2 = tl.dot(error_grad, tl.trans(state), acc=to_row2, input_precision=PRECISION)
+            to_row2 = tl.dot(recall_grad, tl.trans(state), acc=to_row2, input_precision=PRECISION)
             to_column2 = tl.dot(delta, tl.trans(state_grad), acc=to_column2, input_precision=PRECISION)
             through += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32), axis=1)
         d = tl.exp2(before + offset_before)
         to_q = tl.permute(tl.reshape(to_q2, [S, A, BK]), (1, 0, 2)) * d
-        to_k = tl.permute(tl.reshape(to_row2, [S, A, BK]), (1, 0, 2)) * -d
+        to_k = tl.permute(tl.reshape(to_row2, [S, A, BK]), (1, 0, 2)) * d
         q_grad += to_q
-        row_grad += to_k
-        to_g = q_tile * to_q + row_scale * (k_tile * to_k)
+        k_grad += to_k
+        to_g = q_tile * to_q + k_tile * to_k
         g_grad += tl.cumsum(to_g, axis=0, reverse=True)
         to_g = tl.sum(to_g, axis=0, keep_dims=True)
         g_grad += tl.cumsum(to_g, axis=1, reverse=True) - to_g
         to_k = tl.permute(tl.reshape(to_column2, [S, A, BK]), (1, 0, 2)) * tl.exp2(after + offset_after)
-        column_grad += to_k
+        k_grad += to_k
         to_g = k_tile * to_k
         g_grad += tl.cumsum(to_g, axis=0) - to_g
         to_g = tl.sum(to_g, axis=0, keep_dims=True)
         g_grad += tl.cumsum(to_g, axis=1) - to_g
         g_grad += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
 
+        # Read again: kept since the loop's start, it would cost a register a token.
+        f = tl.load(tl.max_contiguous(g + g_offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
+        if dt_bias is not None:
+            f += tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, None, :]
         if GATE == NO_GATE:
             f_grad = g_grad
         elif GATE == BOUNDED_GATE:
@@ -332,29 +324,36 @@ def gradient_kernel(
         f_grad = tl.where(mask, f_grad, 0.0)
         tl.store(tl.max_contiguous(dg + g_offsets, (1, 1, VEC)), f_grad.to(dg.dtype.element_ty), mask=mask)
         if bias_parts is not None:
-            parts = tl.sum(tl.sum(f_grad, axis=0), axis=0)
-            tl.store(bias_parts + block * K + channels, parts, mask=channel_mask)
+            at = bias_parts + (block * S + s[:, None]) * K + channels[None, :]
+            tl.store(at, tl.sum(f_grad, axis=0), mask=channel_mask[None, :])
         if a_log is not None:
             if GATE == BOUNDED_GATE:
                 to_rate = f_grad * f
             else:
                 to_rate = tl.where(mask, g_grad * log2_decay(f, 0.0, rate, lower_bound, GATE) * LN2, 0.0)
-            rate_grad += tl.sum(tl.sum(tl.sum(to_rate, axis=2), axis=1), axis=0)
+            rate_grad += tl.sum(to_rate, axis=0)
 
-        k_rows_along += tl.sum(k_tile * row_grad, axis=2)
-        q_grad += diagonal * k_tile
-        k_grad = row_scale * row_grad + column_grad + diagonal * q_tile
-        if NORMALIZE:
-            q_along += tl.sum(q_tile * q_grad, axis=2)
-            k_along += tl.sum(k_tile * k_grad, axis=2)
         tl.store(tl.max_contiguous(dq + g_offsets, (1, 1, VEC)), q_grad.to(dq.dtype.element_ty), mask=mask)
         tl.store(tl.max_contiguous(dk + g_offsets, (1, 1, VEC)), k_grad.to(dk.dtype.element_ty), mask=mask)
 
-    q_norm, k_norm, b = load_row_scales(scales, block, tokens, C)
     if NORMALIZE:
-        # The part along q, lost in normalisation, is known only now that all channels are summed.
-        q_along *= q_norm * q_norm
-        k_along *= k_norm * k_norm
+        # Normalisation takes the part along q and k away, known only now that all channels are there.
+        q_along = tl.zeros([A, S, BK], dtype=tl.float32)
+        k_along = tl.zeros([A, S, BK], dtype=tl.float32)
+        for k_start in tl.range(0, KP, BK):
+            channels = k_start + tl.arange(0, BK)
+            mask = row_mask[:, :, None] & (channels < K)[None, None, :]
+            offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
+            g_offsets = g_base + tokens[:, :, None] * (HV * K) + channels[None, None, :]
+            q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
+            k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
+            q_grad = tl.load(tl.max_contiguous(dq + g_offsets, (1, 1, VEC)), mask=mask, other=0.0)
+            k_grad = tl.load(tl.max_contiguous(dk + g_offsets, (1, 1, VEC)), mask=mask, other=0.0)
+            q_along += q_tile * q_grad.to(tl.float32)
+            k_along += k_tile * k_grad.to(tl.float32)
+        q_norm, k_norm, _ = load_row_scales(scales, block, tokens, C)
+        q_part = (tl.sum(q_along, axis=2) * q_norm * q_norm)[:, :, None]
+        k_part = (tl.sum(k_along, axis=2) * k_norm * k_norm)[:, :, None]
         for k_start in tl.range(0, KP, BK):
             channels = k_start + tl.arange(0, BK)
             mask = row_mask[:, :, None] & (channels < K)[None, None, :]
@@ -364,23 +363,29 @@ def gradient_kernel(
             k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
             q_at = tl.max_contiguous(dq + g_offsets, (1, 1, VEC))
             k_at = tl.max_contiguous(dk + g_offsets, (1, 1, VEC))
-            q_grad = tl.load(q_at, mask=mask, other=0.0).to(tl.float32) - q_tile * q_along[:, :, None]
-            k_grad = tl.load(k_at, mask=mask, other=0.0).to(tl.float32) - k_tile * k_along[:, :, None]
+            q_grad = tl.load(q_at, mask=mask, other=0.0).to(tl.float32) - q_tile * q_part
+            k_grad = tl.load(k_at, mask=mask, other=0.0).to(tl.float32) - k_tile * k_part
             tl.store(q_at, q_grad.to(dq.dtype.element_ty), mask=mask)
             tl.store(k_at, k_grad.to(dk.dtype.element_ty), mask=mask)
-
-    b_grad = tl.permute(b_grad, (1, 0)) + k_norm * k_rows_along
-    if BETA_SIGMOID:
-        b_grad *= b * (1.0 - b)
-    tl.store(dbeta + start * HV + hv + tokens * HV, b_grad.to(dbeta.dtype.element_ty), mask=row_mask)
     if a_log is not None:
-        tl.store(rate_parts + block, rate_grad)
+        tl.store(rate_parts + block, tl.sum(tl.sum(rate_grad, axis=1), axis=0))
 
+    # beta scales what a token's error adds, so its gradient is derror . delta / beta, which the sigmoid's own
+    # derivative turns into a product.
     n = tl.arange(0, C)
-    _, _, gain = load_row_scales(scales, block, n, C)
+    n_q_norm, n_k_norm, n_b = load_row_scales(scales, block, n, C)
+    b_grad = tl.zeros([C], dtype=tl.float32)
     for v_start in tl.range(0, VP, BV):
         vv = v_start + tl.arange(0, BV)
         error_grad = tl.load(error_grads + packed + n[:, None] * VP + vv[None, :]).to(tl.float32)
+        delta = tl.load(deltas + packed + n[:, None] * VP + vv[None, :]).to(tl.float32)
+        b_grad += tl.sum(error_grad * delta, axis=1)
         v_mask = (n < rows)[:, None] & (vv < V)[None, :]
         at = dv + v_base + n[:, None] * (HV * V) + vv[None, :]
-        tl.store(at, (error_grad * gain[:, None]).to(dv.dtype.element_ty), mask=v_mask)
+        tl.store(at, (error_grad * n_b[:, None]).to(dv.dtype.element_ty), mask=v_mask)
+    b_grad /= n_k_norm
+    if BETA_SIGMOID:
+        b_grad *= 1.0 - n_b
+    else:
+        b_grad /= tl.where(n < rows, n_b, 1.0)
+    tl.store(dbeta + (start + n) * HV + hv, b_grad.to(dbeta.dtype.element_ty), mask=n < rows)

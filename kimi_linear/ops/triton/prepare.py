@@ -52,6 +52,9 @@ def load_beta(beta, base, offsets, mask, SIGMOID: tl.constexpr):
     x = tl.load(beta + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if SIGMOID:
         x = 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+    else:
+        # The gradient divides by beta.
+        x = tl.where(x == 0.0, 1e-30, x)
     return tl.where(mask, x, 0.0)
 
 
@@ -192,14 +195,14 @@ def prepare_kernel(
         offset_after = tl.zeros_like(totals)
         d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1, S))
         k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
-        _, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
+        _q_columns, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
         k_columns = tl.permute(k_columns, (0, 2, 1))
         mid_attention = tl.dot(q_rows, k_columns, acc=mid_attention, input_precision=PRECISION)
         mid_gram = tl.dot(k_rows, k_columns, acc=mid_gram, input_precision=PRECISION)
         offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 1, S, BK)
         d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 2, S))
         k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
-        _, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
+        _q_columns, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
         k_columns = tl.permute(k_columns, (0, 2, 1))
         far_attention = tl.dot(q_rows, k_columns, acc=far_attention, input_precision=PRECISION)
         far_gram = tl.dot(k_rows, k_columns, acc=far_gram, input_precision=PRECISION)
