@@ -98,7 +98,7 @@ def sweep(
     with Display(steps) as display:
         for event in sweeps.sweep(settings, folder, resume=resume, overwrite=overwrite, address=address):
             display.show(event)
-    _draw([folder], folder / "plots", folder / "summary.json")
+    draw([folder], folder / "plots", folder / "summary.json")
 
 
 @app.command()
@@ -115,7 +115,7 @@ def plot(
     length; the hybrid/MLA ratio. Each figure as PNG and SVG.
     """
     out = output or folders[0] / "plots"
-    _draw(folders, out, out / "summary.json")
+    draw(folders, out, out / "summary.json")
 
 
 @app.command()
@@ -162,7 +162,8 @@ def tasks(
     console.print(table)
 
 
-def _draw(folders: list[Path], output: Path, summary: Path) -> None:
+def draw(folders: list[Path], output: Path, summary: Path) -> None:
+    """Figures into `output`, the table into `summary` and onto the terminal."""
     from rlscale.runs import find_runs
     from rlscale.scaling.plots import plot_runs
     from rlscale.scaling.summary import (
