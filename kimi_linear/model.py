@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, KimiLinearConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from kimi_linear import checkpoint
 from kimi_linear.config import FULL_ATTENTION
@@ -75,7 +75,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class KimiLinearModel(nn.Module):
-    """Embedding, layers and final norm: token ids [T] -> hidden states [T, D]."""
+    """Embedding, layers and final norm: a batch of token ids [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
@@ -84,7 +84,30 @@ class KimiLinearModel(nn.Module):
         self.layers: Any = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeddings: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states of a batch; arguments are those of `KimiLinearForCausalLM.forward`."""
+        if use_cache:
+            raise ValueError("use_cache=True is not served by forward; use prefill and decode")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens = x.shape[:2]
+        rows, packed = locate_sequences(batch, tokens, x.device, attention_mask, position_ids, cu_seqlens)
+        x = x.flatten(0, 1)
+        x = self.run_packed(x if rows is None else x[rows], packed)
+        if rows is not None:
+            x = x.new_zeros(batch * tokens, x.shape[-1]).index_copy(0, rows, x)
+        return BaseModelOutputWithPast(last_hidden_state=x.unflatten(0, (batch, tokens)))
+
+    def run_packed(self, embeddings: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         """Embeddings [T, D] of packed sequences -> final hidden states [T, D]."""
         x = embeddings
         for layer in self.layers:
@@ -166,26 +189,15 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: contradictory inputs, or an output asked for that there is not.
         """
-        unserved = {
-            "use_cache": use_cache,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
-        for name, value in unserved.items():
+        for name, value in (
+            ("output_attentions", output_attentions),
+            ("output_hidden_states", output_hidden_states),
+        ):
             if value:
-                raise ValueError(f"{name}=True is not served by forward; use prefill or packed_hidden_states")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, tokens = embeddings.shape[:2]
-        rows, packed = locate_sequences(
-            batch, tokens, embeddings.device, attention_mask, position_ids, cu_seqlens
-        )
-        hidden = embeddings.flatten(0, 1)
-        hidden = self.model(hidden if rows is None else hidden[rows], packed)
-        if rows is not None:
-            hidden = hidden.new_zeros(batch * tokens, hidden.shape[-1]).index_copy(0, rows, hidden)
-        hidden = hidden.unflatten(0, (batch, tokens))
+                raise ValueError(f"{name}=True is not served by forward; see packed_hidden_states")
+        hidden = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds, cu_seqlens, use_cache
+        ).last_hidden_state
         if logits_to_keep:
             if labels is not None:
                 raise ValueError("logits_to_keep leaves out logits that the loss needs; give no labels")
@@ -193,6 +205,10 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
+            batch, tokens = labels.shape
+            rows, packed = locate_sequences(
+                batch, tokens, labels.device, attention_mask, position_ids, cu_seqlens
+            )
             loss = next_token_loss(logits, labels, packed, rows, num_items_in_batch)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -201,7 +217,7 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
     def packed_hidden_states(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Final hidden states [T, D] of packed token ids [T]: what `lm_head` turns into logits."""
         packed = PackedSequences.checked(cu_seqlens, len(input_ids))
-        return self.model(self.model.embed_tokens(input_ids), packed)
+        return self.model.run_packed(self.model.embed_tokens(input_ids), packed)
 
     @torch.no_grad()
     def prefill(
