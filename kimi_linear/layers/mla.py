@@ -31,7 +31,7 @@ class MLACache:
         return MLACache(self.latents[sequences], self.lengths[sequences])
 
     def append(self, latents: torch.Tensor) -> None:
-        """Add a row [N, kv_lora_rank + qk_rope_head_dim] to each sequence; a full cache doubles its capacity."""
+        """Add a row [N, rank + rope] to each sequence; a full cache doubles its capacity."""
         longest = int(self.lengths.max())
         if longest >= self.latents.shape[1]:
             grown = self.latents.new_zeros(len(latents), 2 * longest + 1, latents.shape[-1])
@@ -117,13 +117,13 @@ class MultiHeadLatentAttention(nn.Module):
         """Weights that turn latents into keys and values, [H, nope + V, kv_lora_rank]."""
         weight = self.kv_b_proj.weight
         if type(self.kv_b_proj) is not nn.Linear:
-            # An adapter around the projection changes what it does, not its weight: ask for the product instead.
+            # An adapter around the projection changes what it does, not its weight: ask for its product.
             weight = self.kv_b_proj(torch.eye(self.rank, dtype=weight.dtype, device=weight.device)).t()
         return weight.unflatten(0, (self.heads, -1))
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
-    """RoPE (arXiv:2104.09864) on pairs (2i, 2i + 1): x [T, H, d] turned by positions [T] * theta^(-2i / d)."""
+    """RoPE (arXiv:2104.09864) on pairs (2i, 2i + 1) of x [T, H, d]: turned by position * theta^(-2i / d)."""
     dim = x.shape[-1]
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
     angles = (positions.unsqueeze(-1).float() * frequencies).unsqueeze(1)

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(
 def test_a_tensor_given_twice_is_refused() -> None:
     model = KimiLinearForCausalLM(preset("tiny"))
     tensors = list(named_released_tensors(model))
-    with pytest.raises(CheckpointError, match="lm_head.weight is given twice"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is given twice"):
         load_released_tensors(model, [*tensors, ("lm_head.weight", torch.zeros(128, 128))])
 
 
