@@ -3,8 +3,9 @@
 The length of its answers cannot be dialled, so `required_length` is an upper bound: a problem whose reference
 answer is longer, in characters, is drawn again.
 
-In reasoning-gym 0.1.25 five datasets (isomorphic_strings, knight_swap, polynomial_multiplication, ransom_note,
-word_ladder) iterate over sets, so their problems are the same in all processes only under a fixed PYTHONHASHSEED.
+In reasoning-gym 0.1.25 five datasets (isomorphic_strings, knight_swap, polynomial_multiplication,
+ransom_note, word_ladder) iterate over sets: their problems agree between processes only under a fixed
+PYTHONHASHSEED.
 """
 
 from __future__ import annotations
