@@ -15,6 +15,17 @@ from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE, SOFTPLUS_GATE
 
 MAX_HEAD_SIZE = 256
 
+# Fixed by measurement (benchmarks/NOTES.md): channels of a tile and warps. Loops are not pipelined through shared
+# memory: their tiles live in registers.
+PREPARE_OPTIONS = {"BK": 32, "num_warps": 4, "num_stages": 1}
+GRADIENT_OPTIONS = {"BK": 32, "num_warps": 4, "num_stages": 1}
+SCAN_STAGES = 2
+
+
+def fit(options: dict[str, int], padded_key_dim: int) -> dict[str, int]:
+    """Options of a kernel, with tiles no wider than the keys."""
+    return {**options, "BK": min(options["BK"], padded_key_dim)}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,7 +80,7 @@ class Problem:
             "KP": self.padded_key_dim,
             "VARLEN": self.cu_seqlens is not None,
             "OPERAND": tl.float32 if exact else tl.bfloat16,
-            "PRECISION": "ieee" if exact else "tf32",
+            "PRECISION": "tf32x3" if exact else "tf32",
         }
 
     @property
@@ -84,7 +95,8 @@ class Problem:
         while block > 16 and self.sequences * self.value_heads * triton.cdiv(self.value_dim, block) < 120:
             block //= 2
         wide = self.padded_key_dim * self.operand.itemsize > 256
-        options = {"BV": block, "STAGES": 1 if wide else 2, "num_warps": 8 if wide else 4}
+        stages = 1 if wide else SCAN_STAGES
+        options = {"BV": block, "STAGES": stages, "num_warps": 8 if wide else 4, "num_stages": stages}
         return options, triton.cdiv(self.value_dim, block)
 
 
@@ -136,10 +148,8 @@ def prepare(
         p.sequences,
         p.lower_bound,
         H=p.heads,
-        BK=min(32, p.padded_key_dim),
-        SOLVE_PRECISION="ieee" if p.operand == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=1,
+        SOLVE_PRECISION="tf32x3" if p.operand == torch.float32 else "tf32",
+        **fit(PREPARE_OPTIONS, p.padded_key_dim),
         **p.sizes,
         **p.activations,
     )
@@ -281,10 +291,8 @@ class ChunkKDA(torch.autograd.Function):
             H=p.heads,
             V=p.value_dim,
             VP=p.padded_value_dim,
-            BK=min(32, p.padded_key_dim),
             BV=min(64, p.padded_value_dim),
-            num_warps=4,
-            num_stages=1,
+            **fit(GRADIENT_OPTIONS, p.padded_key_dim),
             **p.sizes,
             **p.activations,
         )

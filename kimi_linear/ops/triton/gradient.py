@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.triton.prepare import halves, load_row_scales, stack_rows
+from kimi_linear.ops.triton.prepare import halves, load_row_scales, product, stack_rows
 from kimi_linear.ops.triton.tiles import (
     BOUNDED_GATE,
     LN2,
@@ -85,10 +85,10 @@ def value_products(
         output_grad_t = tl.permute(output_grad, (0, 2, 1))
         error_grad_t = tl.permute(error_grad, (0, 2, 1))
         delta_t = tl.permute(delta, (0, 2, 1))
-        pair = tl.dot(output_grad, delta_t, acc=pair, input_precision=PRECISION)
-        pair_t = tl.dot(delta, output_grad_t, acc=pair_t, input_precision=PRECISION)
-        gram = tl.dot(error_grad, delta_t, acc=gram, input_precision=PRECISION)
-        gram_t = tl.dot(delta, error_grad_t, acc=gram_t, input_precision=PRECISION)
+        pair += product(output_grad, delta_t, PRECISION)
+        pair_t += product(delta, output_grad_t, PRECISION)
+        gram += product(error_grad, delta_t, PRECISION)
+        gram_t += product(delta, error_grad_t, PRECISION)
     row_scale = -b * k_norm
     return pair, pair_t, gram * row_scale[:, :, None], gram_t * row_scale[:, None, :]
 
@@ -254,10 +254,9 @@ def gradient_kernel(
             else:
                 k_columns, k_rows = halves(k_decayed, 1, 2 * A)
                 _q_columns, q_rows = halves(q_decayed, 1, 2 * A)
-                to_q = tl.dot(far_pair, k_columns, input_precision=PRECISION)
-                to_rows = tl.dot(far_gram, k_columns, input_precision=PRECISION)
-                to_columns = tl.dot(far_pair_t, q_rows, input_precision=PRECISION)
-                to_columns = tl.dot(far_gram_t, k_rows, acc=to_columns, input_precision=PRECISION)
+                to_q = product(far_pair, k_columns, PRECISION)
+                to_rows = product(far_gram, k_columns, PRECISION)
+                to_columns = product(far_pair_t, q_rows, PRECISION) + product(far_gram_t, k_rows, PRECISION)
             to_q = tl.reshape(stack_rows(tl.zeros_like(to_q), to_q), [S, A, BK])
             to_k = tl.reshape(stack_rows(to_columns, to_rows), [S, A, BK])
             to_q = tl.permute(to_q, (1, 0, 2)) * d

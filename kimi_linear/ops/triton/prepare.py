@@ -59,6 +59,21 @@ def load_beta(beta, base, offsets, mask, SIGMOID: tl.constexpr):
 
 
 @triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    """[G, M, D] @ [G, D, N]. A batch of one is multiplied as matrices, or every warp would compute all of it."""
+    G: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    D: tl.constexpr = x.shape[2]
+    N: tl.constexpr = y.shape[2]
+    if G == 1:
+        z = tl.dot(tl.reshape(x, [M, D]), tl.reshape(y, [D, N]), input_precision=PRECISION)
+        z = tl.reshape(z, [1, M, N])
+    else:
+        z = tl.dot(x, y, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
 def halves(x, GROUPS: tl.constexpr, H: tl.constexpr):
     """Even and odd groups of H rows, [GROUPS, H, D] each, of x [2 * GROUPS * H rows, D]."""
     D: tl.constexpr = x.shape[-1]
@@ -204,8 +219,8 @@ def prepare_kernel(
         k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
         _q_columns, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
         k_columns = tl.permute(k_columns, (0, 2, 1))
-        far_attention = tl.dot(q_rows, k_columns, acc=far_attention, input_precision=PRECISION)
-        far_gram = tl.dot(k_rows, k_columns, acc=far_gram, input_precision=PRECISION)
+        far_attention += product(q_rows, k_columns, PRECISION)
+        far_gram += product(k_rows, k_columns, PRECISION)
         offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 2, S, BK)
 
         out = block * (C * KP) + tokens[:, :, None] * KP + channels[None, None, :]
@@ -253,8 +268,8 @@ def prepare_kernel(
     _, column_norm, _ = load_row_scales(scales, block, token, C)
     _, far_norm, far_b = load_row_scales(scales, block, token + 2 * A, C)
     far_gram *= (far_norm * far_b)[:, :, None] * column_norm[:, None, :]
-    far = tl.dot(far_gram, first, input_precision=SOLVE_PRECISION)
-    far = -tl.dot(second, far, input_precision=SOLVE_PRECISION)
+    far = product(far_gram, first, SOLVE_PRECISION)
+    far = -product(second, far, SOLVE_PRECISION)
 
     square = block * (C * C)
     at = square + s[:, None, None] * (A * C + A) + a[None, :, None] * C + a[None, None, :]

@@ -1,0 +1,190 @@
+"""One decode step of a KDA layer, from its projections to its output projection, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kimi_linear.ops.triton.chunk import check_head_sizes, gate_kind
+from kimi_linear.ops.triton.recurrent import delta_step, token_decay
+from kimi_linear.ops.triton.tiles import LOG2E
+
+
+@triton.jit
+def convolve_token(x, x_at, weight, conv_state, state_at, channels, mask, C: tl.constexpr, W: tl.constexpr):
+    """silu of the W-tap filter at the newest token, in float32; `state` keeps the W - 1 inputs before it."""
+    new = tl.load(x + x_at + channels, mask=mask, other=0.0)
+    total = new.to(tl.float32) * tl.load(weight + channels * W + W - 1, mask=mask, other=0.0).to(tl.float32)
+    for tap in tl.static_range(W - 1):
+        old = tl.load(conv_state + state_at + tap * C + channels, mask=mask, other=0.0)
+        total += old.to(tl.float32) * tl.load(weight + channels * W + tap, mask=mask, other=0.0).to(tl.float32)
+    return new, total / (1.0 + tl.exp2(-total * LOG2E))
+
+
+@triton.jit
+def push_token(new, conv_state, state_at, channels, mask, C: tl.constexpr, W: tl.constexpr):
+    """Shift the inputs kept by one and append the newest. The whole window is read before any of it is written."""
+    for tap in tl.static_range(W - 2):
+        old = tl.load(conv_state + state_at + (tap + 1) * C + channels, mask=mask, other=0.0)
+        tl.store(conv_state + state_at + tap * C + channels, old, mask=mask)
+    tl.store(
+        conv_state + state_at + (W - 2) * C + channels, new.to(conv_state.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def decode_kernel(
+    qkv,
+    conv_weight,
+    conv_state,
+    g,
+    beta,
+    a_log,
+    dt_bias,
+    state,
+    slots,
+    output_gate,
+    norm_weight,
+    o,
+    scale,
+    eps,
+    lower_bound,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    V: tl.constexpr,
+    VP: tl.constexpr,
+    W: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """One program a sequence and head, so that the norm of a head's output needs no second launch."""
+    sequence = tl.program_id(0) // HV
+    hv = tl.program_id(0) % HV
+    kk = tl.arange(0, KP)
+    vv = tl.arange(0, VP)
+    k_mask = kk < K
+    v_mask = vv < V
+    C: tl.constexpr = HV * (2 * K + V)
+    row = sequence.to(tl.int64) * HV + hv
+    slot = tl.load(slots + sequence).to(tl.int64)
+    if slot < 0:
+        tl.store(o + row * V + vv, tl.zeros([VP], dtype=o.dtype.element_ty), mask=v_mask)
+        return
+    state_at = state + ((slot * HV + hv) * K + kk[:, None]) * V + vv[None, :]
+    state_mask = k_mask[:, None] & v_mask[None, :]
+    # The state is nearly all that moves: ask for it first, so that the small work hides behind it.
+    s = tl.load(state_at, mask=state_mask, other=0.0).to(tl.float32)
+
+    x_at = sequence.to(tl.int64) * C
+    conv_at = slot * ((W - 1) * C)
+    q_channels = hv * K + kk
+    k_channels = HV * K + hv * K + kk
+    v_channels = 2 * HV * K + hv * V + vv
+    q_new, q_row = convolve_token(qkv, x_at, conv_weight, conv_state, conv_at, q_channels, k_mask, C, W)
+    k_new, k_row = convolve_token(qkv, x_at, conv_weight, conv_state, conv_at, k_channels, k_mask, C, W)
+    v_new, v_row = convolve_token(qkv, x_at, conv_weight, conv_state, conv_at, v_channels, v_mask, C, W)
+    tl.debug_barrier()
+    push_token(q_new, conv_state, conv_at, q_channels, k_mask, C, W)
+    push_token(k_new, conv_state, conv_at, k_channels, k_mask, C, W)
+    push_token(v_new, conv_state, conv_at, v_channels, v_mask, C, W)
+
+    q_row *= tl.rsqrt(tl.sum(q_row * q_row, axis=0) + 1e-6)
+    k_row *= tl.rsqrt(tl.sum(k_row * k_row, axis=0) + 1e-6)
+    b = 1.0 / (1.0 + tl.exp2(-tl.load(beta + row).to(tl.float32) * LOG2E))
+    decay = token_decay(g, row * K, kk, k_mask, hv, a_log, dt_bias, lower_bound, K, GATE)
+    s, output = delta_step(s, q_row, k_row, v_row, decay, b, scale)
+    tl.store(state_at, s.to(state.dtype.element_ty), mask=state_mask)
+
+    output *= tl.rsqrt(tl.sum(output * output, axis=0) / V + eps)
+    output *= tl.load(norm_weight + vv, mask=v_mask, other=0.0).to(tl.float32)
+    gate = tl.load(output_gate + row * V + vv, mask=v_mask, other=0.0).to(tl.float32)
+    output /= 1.0 + tl.exp2(-gate * LOG2E)
+    tl.store(o + row * V + vv, output.to(o.dtype.element_ty), mask=v_mask)
+
+
+def kda_decode_step(
+    qkv: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor | None,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    output_gate: torch.Tensor,
+    norm_weight: torch.Tensor,
+    scale: float | None = None,
+    eps: float = 1e-5,
+    lower_bound: float | None = None,
+) -> torch.Tensor:
+    """What a KDA layer does for one token of N sequences between its projections, in one launch.
+
+    Short convolution and SiLU of q, k and v, normalisation of q and k, gate, sigmoid of beta, the recurrence,
+    per-head RMSNorm and sigmoid output gate. Advances `conv_state` and `state` in place at the rows that `slots`
+    names and touches no others. Allocates only its result and reads nothing back, so CUDA graphs can hold it.
+
+    Args:
+        qkv: [N, HV * (2 K + V)], projections before the convolution: all heads of q, then of k, then of v.
+        conv_weight: [HV * (2 K + V), W], the last column multiplies the newest token.
+        conv_state: [slots, W - 1, HV * (2 K + V)], earlier inputs, oldest first.
+        g: [N, HV, K], the raw gate.
+        beta: [N, HV], logits.
+        A_log: HV values; dt_bias: HV * K values or None.
+        state: [slots, HV, K, V], float32 or bfloat16.
+        slots: [N] int, each sequence's row of both caches, distinct; a negative one is padding, whose output is 0.
+        output_gate: [N, HV, V], logits.
+        norm_weight: [V].
+        scale: factor of the output, K ** -0.5 if None.
+        eps: of the RMSNorm.
+        lower_bound: chooses the bounded gate.
+
+    Returns:
+        [N, HV, V] in qkv's dtype.
+
+    Raises:
+        ValueError: a size that does not fit the others, or a cache that is not contiguous.
+    """
+    sequences, value_heads, key_dim = g.shape
+    value_dim = norm_weight.numel()
+    channels = value_heads * (2 * key_dim + value_dim)
+    check_head_sizes(g[None], output_gate[None])
+    if qkv.shape != (sequences, channels):
+        raise ValueError(f"qkv must be [N, HV * (2 K + V)] = {[sequences, channels]}, got {list(qkv.shape)}")
+    if conv_weight.shape[0] != channels or conv_weight.shape[1] < 2:
+        raise ValueError(f"conv_weight must be [{channels}, W] with W at least 2, got {list(conv_weight.shape)}")
+    width = conv_weight.shape[1]
+    if conv_state.shape[1:] != (width - 1, channels):
+        expected = f"[slots, {width - 1}, {channels}]"
+        raise ValueError(f"conv_state must be {expected}, got {list(conv_state.shape)}")
+    if state.shape[1:] != (value_heads, key_dim, value_dim):
+        expected = f"[slots, {value_heads}, {key_dim}, {value_dim}]"
+        raise ValueError(f"state must be {expected}, got {list(state.shape)}")
+    if not (state.is_contiguous() and conv_state.is_contiguous()):
+        raise ValueError("state and conv_state are advanced in place and must be contiguous")
+    o = qkv.new_empty(sequences, value_heads, value_dim)
+    decode_kernel[(sequences * value_heads,)](
+        qkv.contiguous(),
+        conv_weight.contiguous(),
+        conv_state,
+        g.contiguous(),
+        beta.contiguous(),
+        A_log,
+        dt_bias,
+        state,
+        slots,
+        output_gate.contiguous(),
+        norm_weight,
+        o,
+        key_dim**-0.5 if scale is None else scale,
+        eps,
+        0.0 if lower_bound is None else lower_bound,
+        HV=value_heads,
+        K=key_dim,
+        KP=max(16, triton.next_power_of_2(key_dim)),
+        V=value_dim,
+        VP=max(16, triton.next_power_of_2(value_dim)),
+        W=width,
+        GATE=gate_kind(True, lower_bound),
+        num_warps=8,
+    )
+    return o
