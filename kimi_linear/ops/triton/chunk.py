@@ -96,7 +96,7 @@ class Problem:
             block //= 2
         wide = self.padded_key_dim * self.operand.itemsize > 256
         stages = 1 if wide else SCAN_STAGES
-        options = {"BV": block, "STAGES": stages, "num_warps": 8 if wide else 4, "num_stages": stages}
+        options = {"BV": block, "num_warps": 8 if wide else 4, "num_stages": stages}
         return options, triton.cdiv(self.value_dim, block)
 
 

@@ -17,6 +17,7 @@ from kimi_linear.ops.triton.tiles import (
     outer_exponent,
     place_chunk,
     sub_chunk_totals,
+    tile_offsets,
 )
 
 
@@ -200,12 +201,13 @@ def gradient_kernel(
 
     for k_start in tl.range(0, KP, BK):
         channels = k_start + tl.arange(0, BK)
+        wide = channels.to(tl.int64)[None, None, :]
         channel_mask = channels < K
         mask = row_mask[:, :, None] & channel_mask[None, None, :]
-        offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
+        offsets = qk_base + tile_offsets(A, S, H * K) + wide
         q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
         k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-        g_offsets = g_base + tokens[:, :, None] * (HV * K) + channels[None, None, :]
+        g_offsets = g_base + tile_offsets(A, S, HV * K) + wide
         f = tl.load(tl.max_contiguous(g + g_offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
         if dt_bias is not None:
             f += tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, None, :]
@@ -341,9 +343,10 @@ def gradient_kernel(
         k_along = tl.zeros([A, S, BK], dtype=tl.float32)
         for k_start in tl.range(0, KP, BK):
             channels = k_start + tl.arange(0, BK)
+            wide = channels.to(tl.int64)[None, None, :]
             mask = row_mask[:, :, None] & (channels < K)[None, None, :]
-            offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
-            g_offsets = g_base + tokens[:, :, None] * (HV * K) + channels[None, None, :]
+            offsets = qk_base + tile_offsets(A, S, H * K) + wide
+            g_offsets = g_base + tile_offsets(A, S, HV * K) + wide
             q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
             k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
             q_grad = tl.load(tl.max_contiguous(dq + g_offsets, (1, 1, VEC)), mask=mask, other=0.0)
@@ -355,9 +358,10 @@ def gradient_kernel(
         k_part = (tl.sum(k_along, axis=2) * k_norm * k_norm)[:, :, None]
         for k_start in tl.range(0, KP, BK):
             channels = k_start + tl.arange(0, BK)
+            wide = channels.to(tl.int64)[None, None, :]
             mask = row_mask[:, :, None] & (channels < K)[None, None, :]
-            offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
-            g_offsets = g_base + tokens[:, :, None] * (HV * K) + channels[None, None, :]
+            offsets = qk_base + tile_offsets(A, S, H * K) + wide
+            g_offsets = g_base + tile_offsets(A, S, HV * K) + wide
             q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
             k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
             q_at = tl.max_contiguous(dq + g_offsets, (1, 1, VEC))

@@ -13,6 +13,7 @@ from kimi_linear.ops.triton.tiles import (
     outer_exponent,
     place_chunk,
     sub_chunk_totals,
+    tile_offsets,
 )
 
 
@@ -175,9 +176,10 @@ def prepare_kernel(
     far_gram = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
     for k_start in tl.range(0, KP, BK):
         channels = k_start + tl.arange(0, BK)
+        wide = channels.to(tl.int64)[None, None, :]
         channel_mask = channels < K
         mask = row_mask[:, :, None] & channel_mask[None, None, :]
-        offsets = qk_base + tokens[:, :, None] * (H * K) + channels[None, None, :]
+        offsets = qk_base + tile_offsets(A, S, H * K) + wide
         q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0)
         k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0)
         q_rows = tl.permute(q_tile.to(OPERAND), (1, 0, 2))
@@ -190,7 +192,7 @@ def prepare_kernel(
             q_gram = tl.dot(q_rows, tl.permute(q_rows, (0, 2, 1)), acc=q_gram, input_precision=PRECISION)
         q_tile = q_tile.to(tl.float32)
         k_tile = k_tile.to(tl.float32)
-        g_offsets = tokens[:, :, None] * (HV * K) + channels[None, None, :]
+        g_offsets = tile_offsets(A, S, HV * K) + wide
         before = load_decay(
             g, g_base, g_offsets, mask, channels, channel_mask, hv, a_log, dt_bias, lower_bound, K, BK, GATE
         )
@@ -223,7 +225,7 @@ def prepare_kernel(
         far_gram += product(k_rows, k_columns, PRECISION)
         offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 2, S, BK)
 
-        out = block * (C * KP) + tokens[:, :, None] * KP + channels[None, None, :]
+        out = block * (C * KP) + tile_offsets(A, S, KP) + wide
         d = tl.exp2(before + offset_before)
         tl.store(tl.max_contiguous(queries + out, (1, 1, VEC)), (q_tile * d).to(OPERAND))
         tl.store(tl.max_contiguous(read_keys + out, (1, 1, VEC)), (k_tile * d).to(OPERAND))

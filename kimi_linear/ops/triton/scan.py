@@ -52,7 +52,6 @@ def scan_forward_kernel(
     VARLEN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Per chunk, with S the state at its start:
 
@@ -83,7 +82,7 @@ def scan_forward_kernel(
     block = first_chunk * HV + hv
     key_offsets = n[:, None] * KP + kk[None, :]
     square_offsets = n[:, None] * C + n[None, :]
-    for chunk in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
+    for chunk in tl.range(0, tl.cdiv(length, C)):
         keys = tl.load(read_keys + block * (C * KP) + key_offsets)
         query = tl.load(queries + block * (C * KP) + key_offsets)
         writes = tl.load(write_keys + block * (C * KP) + key_offsets)
@@ -143,7 +142,6 @@ def scan_backward_kernel(
     VARLEN: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """`scan_forward_kernel` transposed. Per chunk, last first, with dS the gradient of the state at its end:
 
@@ -174,7 +172,7 @@ def scan_backward_kernel(
     v_base = ((start + (chunks - 1) * C) * HV + hv) * V
     key_offsets = n[:, None] * KP + kk[None, :]
     square_offsets = n[:, None] * C + n[None, :]
-    for step in tl.range(0, chunks, num_stages=STAGES):
+    for step in tl.range(0, chunks):
         keys = tl.load(read_keys + block * (C * KP) + key_offsets)
         query = tl.load(queries + block * (C * KP) + key_offsets)
         writes = tl.load(write_keys + block * (C * KP) + key_offsets)

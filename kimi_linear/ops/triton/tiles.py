@@ -43,6 +43,18 @@ def place_chunk(chunk, chunk_table, cu_seqlens, T, sequences, VARLEN: tl.constex
 
 
 @triton.jit
+def tile_offsets(A: tl.constexpr, S: tl.constexpr, stride: tl.constexpr):
+    """Offsets [A, S, 1] of a tile's tokens, `stride` elements apart.
+
+    In 64 bits from the start: then a token's place in its sub-chunk is a constant in each address, which the
+    load itself adds. Widened later, every row would hold an address of its own in registers, for every tensor.
+    """
+    a = tl.arange(0, A).to(tl.int64) * stride
+    s = tl.arange(0, S).to(tl.int64) * (A * stride)
+    return s[None, :, None] + a[:, None, None]
+
+
+@triton.jit
 def log2_decay(f, bias, rate, lower_bound, GATE: tl.constexpr):
     """Base-2 log decay from the raw gate; rate is exp(A_log)."""
     if GATE == NO_GATE:
