@@ -17,9 +17,10 @@ MAX_HEAD_SIZE = 256
 
 # Fixed by measurement (benchmarks/NOTES.md): channels of a tile and warps. Loops are not pipelined through shared
 # memory: their tiles live in registers.
-PREPARE_OPTIONS = {"BK": 32, "num_warps": 4, "num_stages": 1}
+PREPARE_OPTIONS = {"BK": 64, "num_warps": 4, "num_stages": 1}
 GRADIENT_OPTIONS = {"BK": 32, "num_warps": 4, "num_stages": 1}
-SCAN_STAGES = 2
+WIDE_GRADIENT_OPTIONS = {"BK": 32, "num_warps": 2, "num_stages": 1}
+SCAN_STAGES = 3
 
 
 def fit(options: dict[str, int], padded_key_dim: int) -> dict[str, int]:
@@ -87,6 +88,12 @@ class Problem:
     def activations(self) -> dict[str, object]:
         return {"GATE": self.gate, "BETA_SIGMOID": self.sigmoid_beta, "NORMALIZE": self.normalize}
 
+    @property
+    def wide(self) -> bool:
+        """Whether a chunk's keys are too large to be prefetched. Such scans do without warp-group products (two
+        warps are too few for them): unpipelined ones read past their operands in Triton 3.6."""
+        return self.padded_key_dim * self.operand.itemsize > 256
+
     def scan_options(self) -> tuple[dict[str, int], int]:
         """Value channels a program, pipeline depth, and the number of slices they make."""
         # The scan is a chain of dependent steps: fewer channels a program shorten a step and fill more
@@ -94,9 +101,11 @@ class Problem:
         block = min(64, self.padded_value_dim)
         while block > 16 and self.sequences * self.value_heads * triton.cdiv(self.value_dim, block) < 120:
             block //= 2
-        wide = self.padded_key_dim * self.operand.itemsize > 256
-        stages = 1 if wide else SCAN_STAGES
-        options = {"BV": block, "num_warps": 8 if wide else 4, "num_stages": stages}
+        if self.wide:
+            block, stages, warps = 16, 1, 2
+        else:
+            stages, warps = (2, 8) if block == 64 else (SCAN_STAGES, 4)
+        options = {"BV": block, "num_warps": warps, "num_stages": stages}
         return options, triton.cdiv(self.value_dim, block)
 
 
@@ -292,7 +301,7 @@ class ChunkKDA(torch.autograd.Function):
             V=p.value_dim,
             VP=p.padded_value_dim,
             BV=min(64, p.padded_value_dim),
-            **fit(GRADIENT_OPTIONS, p.padded_key_dim),
+            **fit(WIDE_GRADIENT_OPTIONS if p.wide else GRADIENT_OPTIONS, p.padded_key_dim),
             **p.sizes,
             **p.activations,
         )

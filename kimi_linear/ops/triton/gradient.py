@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.triton.prepare import halves, load_row_scales, product, stack_rows
+from kimi_linear.ops.triton.prepare import halves, inside_tile, load_raw_gate, load_row_scales, product, stack_rows
 from kimi_linear.ops.triton.tiles import (
     BOUNDED_GATE,
     LN2,
@@ -13,11 +13,12 @@ from kimi_linear.ops.triton.tiles import (
     double_sub_chunks,
     level_exponent,
     level_mask,
+    load_tile,
     log2_decay,
     outer_exponent,
     place_chunk,
+    store_tile,
     sub_chunk_totals,
-    tile_offsets,
 )
 
 
@@ -146,7 +147,6 @@ def gradient_kernel(
     A: tl.constexpr = 16
     S: tl.constexpr = 4
     C: tl.constexpr = A * S
-    VEC: tl.constexpr = max(1, BK // 32)
     program = tl.program_id(0)
     chunk = program // HV
     hv = program % HV
@@ -193,7 +193,6 @@ def gradient_kernel(
 
     s = tl.arange(0, S)
     tokens = s[None, :] * A + a[:, None]
-    row_mask = tokens < rows
     rate = 1.0
     if a_log is not None:
         rate = tl.exp2(tl.load(a_log + hv).to(tl.float32) * LOG2E)
@@ -201,17 +200,11 @@ def gradient_kernel(
 
     for k_start in tl.range(0, KP, BK):
         channels = k_start + tl.arange(0, BK)
-        wide = channels.to(tl.int64)[None, None, :]
-        channel_mask = channels < K
-        mask = row_mask[:, :, None] & channel_mask[None, None, :]
-        offsets = qk_base + tile_offsets(A, S, H * K) + wide
-        q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-        k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-        g_offsets = g_base + tile_offsets(A, S, HV * K) + wide
-        f = tl.load(tl.max_contiguous(g + g_offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-        if dt_bias is not None:
-            f += tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, None, :]
-        before = tl.where(mask, log2_decay(f, 0.0, rate, lower_bound, GATE), 0.0)
+        q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+        k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+        inside = inside_tile(rows, k_start, K, S, A, BK)
+        f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)
+        before = tl.where(inside, log2_decay(f, 0.0, rate, lower_bound, GATE), 0.0)
         after = tl.zeros_like(before)
 
         # The diagonal of P, which no decay touches.
@@ -312,9 +305,7 @@ def gradient_kernel(
         g_grad += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
 
         # Read again: kept since the loop's start, it would cost a register a token.
-        f = tl.load(tl.max_contiguous(g + g_offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-        if dt_bias is not None:
-            f += tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, None, :]
+        f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)
         if GATE == NO_GATE:
             f_grad = g_grad
         elif GATE == BOUNDED_GATE:
@@ -322,54 +313,42 @@ def gradient_kernel(
             f_grad = g_grad * (lower_bound * rate) * e * (1.0 - e)
         else:
             f_grad = g_grad * -rate / (1.0 + tl.exp2(-f * LOG2E))
-        f_grad = tl.where(mask, f_grad, 0.0)
-        tl.store(tl.max_contiguous(dg + g_offsets, (1, 1, VEC)), f_grad.to(dg.dtype.element_ty), mask=mask)
+        f_grad = tl.where(inside, f_grad, 0.0)
+        store_tile(dg + g_base, f_grad, HV * K, rows, k_start, K, S, A, BK)
         if bias_parts is not None:
             at = bias_parts + (block * S + s[:, None]) * K + channels[None, :]
-            tl.store(at, tl.sum(f_grad, axis=0), mask=channel_mask[None, :])
+            tl.store(at, tl.sum(f_grad, axis=0), mask=(channels < K)[None, :])
         if a_log is not None:
             if GATE == BOUNDED_GATE:
                 to_rate = f_grad * f
             else:
-                to_rate = tl.where(mask, g_grad * log2_decay(f, 0.0, rate, lower_bound, GATE) * LN2, 0.0)
+                to_rate = tl.where(inside, g_grad * log2_decay(f, 0.0, rate, lower_bound, GATE) * LN2, 0.0)
             rate_grad += tl.sum(to_rate, axis=0)
 
-        tl.store(tl.max_contiguous(dq + g_offsets, (1, 1, VEC)), q_grad.to(dq.dtype.element_ty), mask=mask)
-        tl.store(tl.max_contiguous(dk + g_offsets, (1, 1, VEC)), k_grad.to(dk.dtype.element_ty), mask=mask)
+        store_tile(dq + g_base, q_grad, HV * K, rows, k_start, K, S, A, BK)
+        store_tile(dk + g_base, k_grad, HV * K, rows, k_start, K, S, A, BK)
 
     if NORMALIZE:
         # Normalisation takes the part along q and k away, known only now that all channels are there.
         q_along = tl.zeros([A, S, BK], dtype=tl.float32)
         k_along = tl.zeros([A, S, BK], dtype=tl.float32)
         for k_start in tl.range(0, KP, BK):
-            channels = k_start + tl.arange(0, BK)
-            wide = channels.to(tl.int64)[None, None, :]
-            mask = row_mask[:, :, None] & (channels < K)[None, None, :]
-            offsets = qk_base + tile_offsets(A, S, H * K) + wide
-            g_offsets = g_base + tile_offsets(A, S, HV * K) + wide
-            q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-            k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-            q_grad = tl.load(tl.max_contiguous(dq + g_offsets, (1, 1, VEC)), mask=mask, other=0.0)
-            k_grad = tl.load(tl.max_contiguous(dk + g_offsets, (1, 1, VEC)), mask=mask, other=0.0)
+            q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+            k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+            q_grad = load_tile(dq + g_base, HV * K, rows, k_start, K, S, A, BK)
+            k_grad = load_tile(dk + g_base, HV * K, rows, k_start, K, S, A, BK)
             q_along += q_tile * q_grad.to(tl.float32)
             k_along += k_tile * k_grad.to(tl.float32)
         q_norm, k_norm, _ = load_row_scales(scales, block, tokens, C)
         q_part = (tl.sum(q_along, axis=2) * q_norm * q_norm)[:, :, None]
         k_part = (tl.sum(k_along, axis=2) * k_norm * k_norm)[:, :, None]
         for k_start in tl.range(0, KP, BK):
-            channels = k_start + tl.arange(0, BK)
-            wide = channels.to(tl.int64)[None, None, :]
-            mask = row_mask[:, :, None] & (channels < K)[None, None, :]
-            offsets = qk_base + tile_offsets(A, S, H * K) + wide
-            g_offsets = g_base + tile_offsets(A, S, HV * K) + wide
-            q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-            k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0).to(tl.float32)
-            q_at = tl.max_contiguous(dq + g_offsets, (1, 1, VEC))
-            k_at = tl.max_contiguous(dk + g_offsets, (1, 1, VEC))
-            q_grad = tl.load(q_at, mask=mask, other=0.0).to(tl.float32) - q_tile * q_part
-            k_grad = tl.load(k_at, mask=mask, other=0.0).to(tl.float32) - k_tile * k_part
-            tl.store(q_at, q_grad.to(dq.dtype.element_ty), mask=mask)
-            tl.store(k_at, k_grad.to(dk.dtype.element_ty), mask=mask)
+            q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+            k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+            q_grad = load_tile(dq + g_base, HV * K, rows, k_start, K, S, A, BK).to(tl.float32) - q_tile * q_part
+            k_grad = load_tile(dk + g_base, HV * K, rows, k_start, K, S, A, BK).to(tl.float32) - k_tile * k_part
+            store_tile(dq + g_base, q_grad, HV * K, rows, k_start, K, S, A, BK)
+            store_tile(dk + g_base, k_grad, HV * K, rows, k_start, K, S, A, BK)
     if a_log is not None:
         tl.store(rate_parts + block, tl.sum(tl.sum(rate_grad, axis=1), axis=0))
 

@@ -9,43 +9,32 @@ from kimi_linear.ops.triton.tiles import (
     double_sub_chunks,
     level_exponent,
     level_mask,
+    load_tile,
     log2_decay,
     outer_exponent,
     place_chunk,
+    store_tile,
     sub_chunk_totals,
-    tile_offsets,
 )
 
 
 @triton.jit
-def load_decay(
-    g,
-    base,
-    offsets,
-    mask,
-    channels,
-    channel_mask,
-    hv,
-    a_log,
-    dt_bias,
-    lower_bound,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    GATE: tl.constexpr,
+def load_raw_gate(
+    g, rows, start, hv, dt_bias, stride: tl.constexpr, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr
 ):
-    """Base-2 log decay of a tile [A, S, D], 0 where there is no token or channel."""
-    f = tl.load(tl.max_contiguous(g + base + offsets, (1, 1, max(1, BK // 32))), mask=mask, other=0.0).to(
-        tl.float32
-    )
-    bias = 0.0
-    rate = 1.0
+    """The gate's argument f + dt_bias [A, S, D]."""
+    f = load_tile(g, stride, rows, start, K, S, A, D).to(tl.float32)
     if dt_bias is not None:
-        bias = tl.load(dt_bias + hv * K + channels, mask=channel_mask, other=0.0).to(tl.float32)[
-            None, None, :
-        ]
-    if a_log is not None:
-        rate = tl.exp2(tl.load(a_log + hv).to(tl.float32) * LOG2E)
-    return tl.where(mask, log2_decay(f, bias, rate, lower_bound, GATE), 0.0)
+        channels = start + tl.arange(0, D)
+        f += tl.load(dt_bias + hv * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, None, :]
+    return f
+
+
+@triton.jit
+def inside_tile(rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr):
+    """True where a tile [A, S, D] has a token and a channel."""
+    token = tl.arange(0, S)[None, :] * A + tl.arange(0, A)[:, None]
+    return (token < rows)[:, :, None] & (start + tl.arange(0, D) < K)[None, None, :]
 
 
 @triton.jit
@@ -150,7 +139,6 @@ def prepare_kernel(
     A: tl.constexpr = 16
     S: tl.constexpr = 4
     C: tl.constexpr = A * S
-    VEC: tl.constexpr = max(1, BK // 32)
     program = tl.program_id(0)
     chunk = program // HV
     hv = program % HV
@@ -163,8 +151,9 @@ def prepare_kernel(
 
     a = tl.arange(0, A)
     s = tl.arange(0, S)
-    tokens = s[None, :] * A + a[:, None]
-    row_mask = tokens < rows
+    rate = 1.0
+    if a_log is not None:
+        rate = tl.exp2(tl.load(a_log + hv).to(tl.float32) * LOG2E)
     same = a[None, :, None] == a[None, None, :]
     # Rows and columns of one sub-chunk, of two neighbours, and of the chunk's two halves.
     near_attention = tl.zeros([S, A, A], dtype=tl.float32)
@@ -175,13 +164,8 @@ def prepare_kernel(
     far_attention = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
     far_gram = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
     for k_start in tl.range(0, KP, BK):
-        channels = k_start + tl.arange(0, BK)
-        wide = channels.to(tl.int64)[None, None, :]
-        channel_mask = channels < K
-        mask = row_mask[:, :, None] & channel_mask[None, None, :]
-        offsets = qk_base + tile_offsets(A, S, H * K) + wide
-        q_tile = tl.load(tl.max_contiguous(q + offsets, (1, 1, VEC)), mask=mask, other=0.0)
-        k_tile = tl.load(tl.max_contiguous(k + offsets, (1, 1, VEC)), mask=mask, other=0.0)
+        q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK)
+        k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK)
         q_rows = tl.permute(q_tile.to(OPERAND), (1, 0, 2))
         k_rows = tl.permute(k_tile.to(OPERAND), (1, 0, 2))
         k_columns = tl.permute(k_rows, (0, 2, 1))
@@ -192,10 +176,9 @@ def prepare_kernel(
             q_gram = tl.dot(q_rows, tl.permute(q_rows, (0, 2, 1)), acc=q_gram, input_precision=PRECISION)
         q_tile = q_tile.to(tl.float32)
         k_tile = k_tile.to(tl.float32)
-        g_offsets = tile_offsets(A, S, HV * K) + wide
-        before = load_decay(
-            g, g_base, g_offsets, mask, channels, channel_mask, hv, a_log, dt_bias, lower_bound, K, BK, GATE
-        )
+        f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)
+        before = log2_decay(f, 0.0, rate, lower_bound, GATE)
+        before = tl.where(inside_tile(rows, k_start, K, S, A, BK), before, 0.0)
         after = tl.zeros_like(before)
         for level in tl.static_range(4):
             d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
@@ -225,14 +208,14 @@ def prepare_kernel(
         far_gram += product(k_rows, k_columns, PRECISION)
         offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 2, S, BK)
 
-        out = block * (C * KP) + tile_offsets(A, S, KP) + wide
+        out = block * (C * KP)
         d = tl.exp2(before + offset_before)
-        tl.store(tl.max_contiguous(queries + out, (1, 1, VEC)), (q_tile * d).to(OPERAND))
-        tl.store(tl.max_contiguous(read_keys + out, (1, 1, VEC)), (k_tile * d).to(OPERAND))
+        store_tile(queries + out, q_tile * d, KP, C, k_start, KP, S, A, BK)
+        store_tile(read_keys + out, k_tile * d, KP, C, k_start, KP, S, A, BK)
         d = tl.exp2(after + offset_after)
-        tl.store(tl.max_contiguous(write_keys + out, (1, 1, VEC)), (k_tile * d).to(OPERAND))
+        store_tile(write_keys + out, k_tile * d, KP, C, k_start, KP, S, A, BK)
         whole = tl.sum(totals, axis=1, keep_dims=True)
-        channel_offsets = channels[None, None, :] + tl.zeros([1, 1, 1], dtype=tl.int32)
+        channel_offsets = k_start + tl.arange(0, BK)[None, None, :] + tl.zeros([1, 1, 1], dtype=tl.int32)
         tl.store(decay + block * KP + channel_offsets, tl.exp2(whole))
 
     near_token = s[:, None] * A + a[None, :]

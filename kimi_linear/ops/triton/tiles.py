@@ -20,6 +20,10 @@ NO_GATE = tl.constexpr(0)
 SOFTPLUS_GATE = tl.constexpr(1)
 BOUNDED_GATE = tl.constexpr(2)
 
+# Warps go to the outer of two dimensions that are contiguous alike before Triton 3.7, to the inner one since: the
+# order of the two in memory-side tiles that leaves sub-chunks to warps and their tokens to registers.
+SUB_CHUNKS_OUTERMOST = tl.constexpr(tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7))
+
 
 @triton.jit
 def place_chunk(chunk, chunk_table, cu_seqlens, T, sequences, VARLEN: tl.constexpr, C: tl.constexpr):
@@ -43,15 +47,56 @@ def place_chunk(chunk, chunk_table, cu_seqlens, T, sequences, VARLEN: tl.constex
 
 
 @triton.jit
-def tile_offsets(A: tl.constexpr, S: tl.constexpr, stride: tl.constexpr):
-    """Offsets [A, S, 1] of a tile's tokens, `stride` elements apart.
+def tile_offsets(stride: tl.constexpr, start, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr):
+    """Offsets of channels `start` to start + D of a chunk's tokens, `stride` elements apart.
 
-    In 64 bits from the start: then a token's place in its sub-chunk is a constant in each address, which the
-    load itself adds. Widened later, every row would hold an address of its own in registers, for every tensor.
+    They have 64 bits from the start: then a token's place in its sub-chunk is a constant in each address, which
+    the load itself adds. Widened later, every row would hold an address of its own in registers, for every tensor.
     """
     a = tl.arange(0, A).to(tl.int64) * stride
     s = tl.arange(0, S).to(tl.int64) * (A * stride)
-    return s[None, :, None] + a[:, None, None]
+    channels = (start + tl.arange(0, D)).to(tl.int64)
+    if SUB_CHUNKS_OUTERMOST:
+        return s[:, None, None] + a[None, :, None] + channels[None, None, :]
+    return s[None, :, None] + a[:, None, None] + channels[None, None, :]
+
+
+@triton.jit
+def tile_mask(rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr):
+    """True where a tile has a token and a channel; in the same order as the addresses."""
+    a = tl.arange(0, A)
+    s = tl.arange(0, S) * A
+    channels = (start + tl.arange(0, D) < K)[None, None, :]
+    if SUB_CHUNKS_OUTERMOST:
+        return (s[:, None, None] + a[None, :, None] < rows) & channels
+    return (s[None, :, None] + a[:, None, None] < rows) & channels
+
+
+@triton.jit
+def load_tile(
+    base, stride: tl.constexpr, rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr
+):
+    """A tile [A, S, D] with a warp's 32 lanes along a row; zeros where there is no token or channel."""
+    offsets = tile_offsets(stride, start, S, A, D)
+    # Without the hint a lane would take 16 bytes, and a sub-chunk would be spread over lanes.
+    at = tl.max_contiguous(base + offsets, (1, 1, max(1, D // 32)))
+    x = tl.load(at, mask=tile_mask(rows, start, K, S, A, D), other=0.0)
+    if SUB_CHUNKS_OUTERMOST:
+        x = tl.permute(x, (1, 0, 2))
+    return x
+
+
+@triton.jit
+def store_tile(
+    base, x, stride: tl.constexpr, rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr
+):
+    """The counterpart of `load_tile`."""
+    offsets = tile_offsets(stride, start, S, A, D)
+    at = tl.max_contiguous(base + offsets, (1, 1, max(1, D // 32)))
+    x = x.to(base.dtype.element_ty)
+    if SUB_CHUNKS_OUTERMOST:
+        x = tl.permute(x, (1, 0, 2))
+    tl.store(at, x, mask=tile_mask(rows, start, K, S, A, D))
 
 
 @triton.jit
