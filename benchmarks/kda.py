@@ -1,0 +1,238 @@
+"""Times Kimi Delta Attention on a GPU, beside flash-linear-attention and full attention where they are installed.
+
+    python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers]
+
+Medians of repeated calls by device events, fresh normal inputs, bfloat16, K = V = 128, the released model's gate.
+The file is written again after every case, so a run cut short leaves what it measured.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.testing import do_bench
+
+from kimi_linear.ops.triton import chunk_kda, kda_decode_step
+
+HEAD_DIM = 128
+GRAPH_CALLS = 20
+
+
+def median_ms(call: Callable[[], object], budget_ms: int = 150) -> float:
+    return do_bench(call, warmup=25, rep=budget_ms, return_mode="median")
+
+
+def bytes_per_ms() -> float:
+    """Memory bandwidth of this device: bytes read and written by a large copy, a millisecond."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source))
+
+
+def layer_inputs(tokens: int, heads: int, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Inputs as a layer's projections give them; A_log and dt_bias as the released model starts them."""
+    shape = (batch, tokens, heads, HEAD_DIM)
+    inputs = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in "qkvg"}
+    inputs["beta"] = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16)
+    inputs["A_log"] = torch.empty(heads, device="cuda").uniform_(1, 16).log()
+    steps = torch.empty(heads * HEAD_DIM, device="cuda").uniform_(-6.9, -2.3).exp()
+    inputs["dt_bias"] = steps + torch.log(-torch.expm1(-steps))
+    return inputs
+
+
+def run_forward(
+    kernel: Callable, inputs: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    return kernel(
+        **inputs,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        cu_seqlens=cu_seqlens,
+    )[0]
+
+
+def time_kernel(
+    kernel: Callable, inputs: dict[str, torch.Tensor], backward: bool, cu_seqlens: torch.Tensor | None
+) -> tuple[float, int]:
+    """Median milliseconds and peak bytes above the inputs."""
+    if backward:
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        inputs = dict(zip(inputs, leaves, strict=True))
+        output_grad = torch.randn_like(inputs["v"])
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            o = run_forward(kernel, inputs, cu_seqlens)
+            if backward:
+                torch.autograd.grad(o, leaves, output_grad)
+
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return median_ms(call), peak
+
+
+def time_decode(sequences: int, heads: int, dtype: torch.dtype) -> tuple[float, int]:
+    """Milliseconds of one step inside a CUDA graph, and the bytes it must move."""
+    channels = heads * 3 * HEAD_DIM
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    state = torch.randn(sequences, heads, HEAD_DIM, HEAD_DIM, device="cuda").mul_(0.1).to(dtype)
+    slots = torch.randperm(sequences, device="cuda").int()
+    arguments = (
+        new(sequences, channels),
+        new(channels, 4),
+        new(sequences, 3, channels),
+        new(sequences, heads, HEAD_DIM),
+        new(sequences, heads),
+        torch.randn(heads, device="cuda"),
+        torch.randn(heads * HEAD_DIM, device="cuda") - 3,
+        state,
+        slots,
+        new(sequences, heads, HEAD_DIM),
+        new(HEAD_DIM),
+    )
+    kda_decode_step(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            o = kda_decode_step(*arguments)
+    moved = 2 * state.nbytes + 2 * arguments[2].nbytes + o.nbytes
+    moved += sum(arguments[i].nbytes for i in (0, 1, 3, 4, 9))
+    return median_ms(graph.replay, 60) / GRAPH_CALLS, moved
+
+
+def time_attention(tokens: int, heads: int, backward: bool) -> float:
+    """Full causal attention by cuDNN with the MLA layer's sizes: 192 for q and k, 128 for v."""
+    q, k = (torch.randn(1, heads, tokens, 192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v = torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_(backward) for x in (q, k, v)]
+    output_grad = torch.randn_like(v)
+
+    def call() -> None:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if backward:
+            torch.autograd.grad(o, leaves, output_grad)
+
+    return median_ms(call)
+
+
+class Results:
+    """The cases measured so far, on disk after each one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cases: list[dict[str, object]] = []
+
+    def add(self, **case: object) -> None:
+        about = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        self.cases.append({**case, **about})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.cases, indent=1) + "\n")
+        print({key: value for key, value in case.items() if value is not None}, flush=True)
+
+
+def ragged(tokens: int) -> torch.Tensor:
+    """Boundaries of a packed batch whose lengths double from 1 until `tokens` are used."""
+    ends = [0]
+    while ends[-1] < tokens:
+        ends.append(min(tokens, 2 * ends[-1] + 1))
+    return torch.tensor(ends, device="cuda")
+
+
+def measure(results: Results, peer: Callable | None, attention: bool) -> None:
+    bandwidth = bytes_per_ms()
+    shapes = [
+        ("uniform", 1, 8192, 32),
+        ("uniform", 1, 1024, 32),
+        ("uniform", 1, 4096, 32),
+        ("uniform", 1, 32768, 32),
+        ("uniform", 1, 8192, 16),
+        ("uniform", 1, 8192, 96),
+        ("uniform", 8, 2048, 32),
+        ("ragged", 1, 8192, 32),
+    ]
+    for sequences in (1, 16, 128, 1024):
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, moved = time_decode(sequences, 32, dtype)
+            results.add(
+                case=f"decode step, {str(dtype).removeprefix('torch.')} state",
+                B=sequences,
+                T=1,
+                H=32,
+                D=HEAD_DIM,
+                gate="unbounded",
+                ours_ms=ours,
+                fla_ms=None,
+                flashkda_ms=None,
+                floor_ms=moved / bandwidth,
+                peak_bytes=None,
+            )
+    for backward in (False, True):
+        for packing, batch, tokens, heads in shapes:
+            if backward and heads == 96:
+                continue
+            inputs = layer_inputs(tokens, heads, batch)
+            cu_seqlens = ragged(tokens) if packing == "ragged" else None
+            one = inputs["q"].nbytes
+            ours, peak = time_kernel(chunk_kda, inputs, backward, cu_seqlens)
+            theirs = None if peer is None else time_kernel(peer, inputs, backward, cu_seqlens)[0]
+            full = (
+                time_attention(tokens, heads, backward)
+                if attention and batch == 1 and cu_seqlens is None
+                else None
+            )
+            results.add(
+                case=f"{'forward + backward' if backward else 'forward'}, {packing}",
+                B=batch,
+                T=tokens,
+                H=heads,
+                D=HEAD_DIM,
+                gate="unbounded",
+                ours_ms=ours,
+                fla_ms=theirs,
+                flashkda_ms=None,
+                attention_ms=full,
+                # q, k, v, g and o once; backwards again, with the output's gradient and four results.
+                floor_ms=(14 if backward else 5) * one / bandwidth,
+                peak_bytes=peak,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kda_h100.json"))
+    parser.add_argument("--without-peers", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "benchmarks.kda needs a CUDA device, found none\n")
+    peer = None
+    if not arguments.without_peers:
+        try:
+            from fla.ops.kda import chunk_kda as peer
+        except ImportError:
+            print("flash-linear-attention is not installed: timing without it")
+    measure(Results(arguments.output), peer, not arguments.without_peers)
+
+
+if __name__ == "__main__":
+    main()
