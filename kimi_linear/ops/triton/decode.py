@@ -16,7 +16,9 @@ def convolve_token(x, x_at, weight, conv_state, state_at, channels, mask, C: tl.
     total = new.to(tl.float32) * tl.load(weight + channels * W + W - 1, mask=mask, other=0.0).to(tl.float32)
     for tap in tl.static_range(W - 1):
         old = tl.load(conv_state + state_at + tap * C + channels, mask=mask, other=0.0)
-        total += old.to(tl.float32) * tl.load(weight + channels * W + tap, mask=mask, other=0.0).to(tl.float32)
+        total += old.to(tl.float32) * tl.load(weight + channels * W + tap, mask=mask, other=0.0).to(
+            tl.float32
+        )
     return new, total / (1.0 + tl.exp2(-total * LOG2E))
 
 
@@ -26,9 +28,7 @@ def push_token(new, conv_state, state_at, channels, mask, C: tl.constexpr, W: tl
     for tap in tl.static_range(W - 2):
         old = tl.load(conv_state + state_at + (tap + 1) * C + channels, mask=mask, other=0.0)
         tl.store(conv_state + state_at + tap * C + channels, old, mask=mask)
-    tl.store(
-        conv_state + state_at + (W - 2) * C + channels, new.to(conv_state.dtype.element_ty), mask=mask
-    )
+    tl.store(conv_state + state_at + (W - 2) * C + channels, new.to(conv_state.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -151,7 +151,9 @@ def kda_decode_step(
     if qkv.shape != (sequences, channels):
         raise ValueError(f"qkv must be [N, HV * (2 K + V)] = {[sequences, channels]}, got {list(qkv.shape)}")
     if conv_weight.shape[0] != channels or conv_weight.shape[1] < 2:
-        raise ValueError(f"conv_weight must be [{channels}, W] with W at least 2, got {list(conv_weight.shape)}")
+        raise ValueError(
+            f"conv_weight must be [{channels}, W] with W at least 2, got {list(conv_weight.shape)}"
+        )
     width = conv_weight.shape[1]
     if conv_state.shape[1:] != (width - 1, channels):
         expected = f"[slots, {width - 1}, {channels}]"

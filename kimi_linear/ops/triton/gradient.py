@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.triton.prepare import halves, inside_tile, load_raw_gate, load_row_scales, product, stack_rows
+from kimi_linear.ops.triton.prepare import (
+    halves,
+    inside_tile,
+    load_raw_gate,
+    load_row_scales,
+    product,
+    stack_rows,
+)
 from kimi_linear.ops.triton.tiles import (
     BOUNDED_GATE,
     LN2,
@@ -23,21 +30,10 @@ from kimi_linear.ops.triton.tiles import (
 
 
 @triton.jit
-def segment_sums(x, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """Share of the log decays in level h < A, from x [A, S, D], what each token's decay contributes.
-
-    A row of the second half decays over the tokens from the segment's middle to itself, so a token there gets the
-    sum over the rows at and behind it; a token of the first half gets the columns before it. Nothing cancels.
-    """
-    y = tl.reshape(x, [A // (2 * h), 2, h, S, D])
-    second = tl.arange(0, 2)[None, :, None, None, None] == 1
-    y = tl.where(second, tl.cumsum(y, axis=2, reverse=True), tl.cumsum(y, axis=2) - y)
-    return tl.reshape(y, [A, S, D])
-
-
-@triton.jit
 def sub_chunk_sums(x, h: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """As `segment_sums` for whole sub-chunks: from sums x [1, S, D], those behind (rows) or before (columns)."""
+    """Sums [1, S, D] over whole sub-chunks at the level that pairs halves of h of them: those behind each one where
+    it is a row, those before where it is a column.
+    """
     y = tl.reshape(x, [S // (2 * h), 2, h, D])
     second = tl.arange(0, 2)[None, :, None, None] == 1
     y = tl.where(second, tl.cumsum(y, axis=2, reverse=True) - y, tl.cumsum(y, axis=2) - y)
@@ -165,16 +161,64 @@ def gradient_kernel(
     mid = tl.arange(0, 2)[:, None] * (2 * A) + a[None, :]
     far = tl.arange(0, 2 * A)[None, :]
     near_pair, near_pair_t, near_gram, near_gram_t = value_products(
-        do, deltas, error_grads, scales, v_base, packed, block, near, near, rows, scale, HV, V, VP, BV, C,
-        OPERAND, PRECISION,
+        do,
+        deltas,
+        error_grads,
+        scales,
+        v_base,
+        packed,
+        block,
+        near,
+        near,
+        rows,
+        scale,
+        HV,
+        V,
+        VP,
+        BV,
+        C,
+        OPERAND,
+        PRECISION,
     )
     mid_pair, mid_pair_t, mid_gram, mid_gram_t = value_products(
-        do, deltas, error_grads, scales, v_base, packed, block, mid + A, mid, rows, scale, HV, V, VP, BV, C,
-        OPERAND, PRECISION,
+        do,
+        deltas,
+        error_grads,
+        scales,
+        v_base,
+        packed,
+        block,
+        mid + A,
+        mid,
+        rows,
+        scale,
+        HV,
+        V,
+        VP,
+        BV,
+        C,
+        OPERAND,
+        PRECISION,
     )
     far_pair, far_pair_t, far_gram, far_gram_t = value_products(
-        do, deltas, error_grads, scales, v_base, packed, block, far + 2 * A, far, rows, scale, HV, V, VP, BV, C,
-        OPERAND, PRECISION,
+        do,
+        deltas,
+        error_grads,
+        scales,
+        v_base,
+        packed,
+        block,
+        far + 2 * A,
+        far,
+        rows,
+        scale,
+        HV,
+        V,
+        VP,
+        BV,
+        C,
+        OPERAND,
+        PRECISION,
     )
     same = a[None, :, None] == a[None, None, :]
     lower = a[None, :, None] > a[None, None, :]
@@ -213,7 +257,9 @@ def gradient_kernel(
         k_grad = tl.dot(own, tl.permute(q_tile.to(OPERAND), (1, 0, 2)), input_precision=PRECISION)
         q_grad = tl.permute(q_grad, (1, 0, 2))
         k_grad = tl.permute(k_grad, (1, 0, 2))
-        g_grad = tl.zeros([A, S, BK], dtype=tl.float32)
+        # What a token's decays contribute as a row and as a column.
+        g_rows = tl.zeros([A, S, BK], dtype=tl.float32)
+        g_columns = tl.zeros([A, S, BK], dtype=tl.float32)
         for level in tl.static_range(4):
             d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
             k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
@@ -227,14 +273,15 @@ def gradient_kernel(
             to_k = tl.permute(to_k, (1, 0, 2)) * d
             q_grad += to_q
             k_grad += to_k
-            # to_q is zero in columns.
-            to_g = q_tile * to_q + k_tile * to_k
-            g_grad += segment_sums(to_g, 1 << level, A, S, BK)
+            # A column takes back what its rows, all behind it in the sub-chunk, add to the tokens before it.
+            is_row = ((a >> level) % 2 == 1)[:, None, None]
+            g_rows += q_tile * to_q + tl.where(is_row, k_tile, -k_tile) * to_k
             before, after = double_segments(before, after, 1 << level, A, S, BK)
 
         totals = sub_chunk_totals(before, A)
         offset_before = tl.zeros_like(totals)
         offset_after = tl.zeros_like(totals)
+        g_offsets = tl.zeros_like(totals)
         for level in tl.static_range(2):
             d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1 << level, S))
             k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
@@ -261,9 +308,13 @@ def gradient_kernel(
             k_grad += to_k
             # to_q is zero in columns.
             to_g = q_tile * to_q + k_tile * to_k
-            g_grad += tl.where(is_row, tl.cumsum(to_g, axis=0, reverse=True), tl.cumsum(to_g, axis=0) - to_g)
-            g_grad += sub_chunk_sums(tl.sum(to_g, axis=0, keep_dims=True), 1 << level, S, BK)
-            offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 1 << level, S, BK)
+            g_rows += tl.where(is_row, to_g, 0.0)
+            g_columns += tl.where(is_row, 0.0, to_g)
+            to_g = tl.sum(to_g, axis=0, keep_dims=True)
+            g_offsets += sub_chunk_sums(to_g, 1 << level, S, BK)
+            offset_before, offset_after = double_sub_chunks(
+                offset_before, offset_after, totals, 1 << level, S, BK
+            )
 
         # What passes through the states at the chunk's two ends.
         to_q2 = tl.zeros([C, BK], dtype=tl.float32)
@@ -293,16 +344,18 @@ def gradient_kernel(
         q_grad += to_q
         k_grad += to_k
         to_g = q_tile * to_q + k_tile * to_k
-        g_grad += tl.cumsum(to_g, axis=0, reverse=True)
+        g_rows += to_g
         to_g = tl.sum(to_g, axis=0, keep_dims=True)
-        g_grad += tl.cumsum(to_g, axis=1, reverse=True) - to_g
+        g_offsets += tl.cumsum(to_g, axis=1, reverse=True) - to_g
         to_k = tl.permute(tl.reshape(to_column2, [S, A, BK]), (1, 0, 2)) * tl.exp2(after + offset_after)
         k_grad += to_k
         to_g = k_tile * to_k
-        g_grad += tl.cumsum(to_g, axis=0) - to_g
+        g_columns += to_g
         to_g = tl.sum(to_g, axis=0, keep_dims=True)
-        g_grad += tl.cumsum(to_g, axis=1) - to_g
-        g_grad += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
+        g_offsets += tl.cumsum(to_g, axis=1) - to_g
+        g_offsets += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
+        # A row decays over the tokens up to it, a column over those behind it.
+        g_grad = tl.cumsum(g_rows, axis=0, reverse=True) + tl.cumsum(g_columns, axis=0) - g_columns + g_offsets
 
         # Read again: kept since the loop's start, it would cost a register a token.
         f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)
@@ -345,8 +398,12 @@ def gradient_kernel(
         for k_start in tl.range(0, KP, BK):
             q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
             k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
-            q_grad = load_tile(dq + g_base, HV * K, rows, k_start, K, S, A, BK).to(tl.float32) - q_tile * q_part
-            k_grad = load_tile(dk + g_base, HV * K, rows, k_start, K, S, A, BK).to(tl.float32) - k_tile * k_part
+            q_grad = (
+                load_tile(dq + g_base, HV * K, rows, k_start, K, S, A, BK).to(tl.float32) - q_tile * q_part
+            )
+            k_grad = (
+                load_tile(dk + g_base, HV * K, rows, k_start, K, S, A, BK).to(tl.float32) - k_tile * k_part
+            )
             store_tile(dq + g_base, q_grad, HV * K, rows, k_start, K, S, A, BK)
             store_tile(dk + g_base, k_grad, HV * K, rows, k_start, K, S, A, BK)
     if a_log is not None:

@@ -20,7 +20,16 @@ from kimi_linear.ops.triton.tiles import (
 
 @triton.jit
 def load_raw_gate(
-    g, rows, start, hv, dt_bias, stride: tl.constexpr, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr
+    g,
+    rows,
+    start,
+    hv,
+    dt_bias,
+    stride: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
 ):
     """The gate's argument f + dt_bias [A, S, D]."""
     f = load_tile(g, stride, rows, start, K, S, A, D).to(tl.float32)

@@ -74,7 +74,14 @@ def tile_mask(rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D:
 
 @triton.jit
 def load_tile(
-    base, stride: tl.constexpr, rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr
+    base,
+    stride: tl.constexpr,
+    rows,
+    start,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
 ):
     """A tile [A, S, D] with a warp's 32 lanes along a row; zeros where there is no token or channel."""
     offsets = tile_offsets(stride, start, S, A, D)
@@ -88,7 +95,15 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    base, x, stride: tl.constexpr, rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr
+    base,
+    x,
+    stride: tl.constexpr,
+    rows,
+    start,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
 ):
     """The counterpart of `load_tile`."""
     offsets = tile_offsets(stride, start, S, A, D)
