@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlscale.config import RunConfig, SweepConfig
 from rlscale.errors import UserError
 from rlscale.events import RunEvent
 from rlscale.models import model_config, tokenizer_for
+from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
 from rlscale.tasks import encode_prompt, make_task
@@ -77,6 +79,9 @@ def sweep(
             cell = replace(cell, resume=True)
         RunFolder.check(cell.folder, run, resume=cell.resume, overwrite=overwrite)
         plan[run.architecture].append(cell)
+    if overwrite:
+        for cell in chain(*plan.values()):
+            Checkpoints(cell.shared_warm_start, keep=1).remove_all()
 
     cluster.connect(address)
     failures: dict[str, str] = {}

@@ -114,7 +114,7 @@ def _paired_ratio(pairs: np.ndarray) -> tuple[float, float | None, float | None]
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a terminal, widest differences side by side: one line a run."""
-    table = Table(title="Held-out pass rate under RL")
+    table = Table(title="Held-out pass rate under RL", box=None, pad_edge=False, header_style="bold")
     for heading in (
         "length",
         "budget",
@@ -150,7 +150,7 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def ratio_table(ratios: Sequence[Ratio]) -> Table:
     """Hybrid over MLA, a line for each length and budget; intervals where several seeds carry them."""
-    table = Table(title="Hybrid / full MLA, same seeds")
+    table = Table(title="Hybrid / full MLA, same seeds", box=None, pad_edge=False, header_style="bold")
     for heading in ("length", "budget", "seeds", "tokens/s", "cache", "final pass rate"):
         table.add_column(heading, justify="right", no_wrap=True)
     by_cell: dict[tuple[int, int], dict[str, Ratio]] = defaultdict(dict)
