@@ -9,26 +9,37 @@ from kimi_linear.ops.triton.recurrent import delta_step, token_decay
 from kimi_linear.ops.triton.tiles import LOG2E
 
 
-@triton.jit
-def convolve_token(x, x_at, weight, conv_state, state_at, channels, mask, C: tl.constexpr, W: tl.constexpr):
-    """silu of the W-tap filter at the newest token, in float32; `state` keeps the W - 1 inputs before it."""
-    new = tl.load(x + x_at + channels, mask=mask, other=0.0)
-    total = new.to(tl.float32) * tl.load(weight + channels * W + W - 1, mask=mask, other=0.0).to(tl.float32)
-    for tap in tl.static_range(W - 1):
-        old = tl.load(conv_state + state_at + tap * C + channels, mask=mask, other=0.0)
-        total += old.to(tl.float32) * tl.load(weight + channels * W + tap, mask=mask, other=0.0).to(
-            tl.float32
-        )
-    return new, total / (1.0 + tl.exp2(-total * LOG2E))
+# Fixed by measurement (benchmarks/NOTES.md).
+DECODE_OPTIONS = {"num_warps": 8, "maxnreg": 128}
 
 
 @triton.jit
-def push_token(new, conv_state, state_at, channels, mask, C: tl.constexpr, W: tl.constexpr):
-    """Shift the inputs kept by one and append the newest. The whole window is read before any of it is written."""
-    for tap in tl.static_range(W - 2):
-        old = tl.load(conv_state + state_at + (tap + 1) * C + channels, mask=mask, other=0.0)
-        tl.store(conv_state + state_at + tap * C + channels, old, mask=mask)
-    tl.store(conv_state + state_at + (W - 2) * C + channels, new.to(conv_state.dtype.element_ty), mask=mask)
+def load_window(
+    x, weight, conv_state, channels, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr
+):
+    """The last W inputs of some channels, newest last, and their filter, both [WP, D] in float32."""
+    tap = tl.arange(0, WP)[:, None]
+    old = tl.load(
+        conv_state + tap * C + channels[None, :], mask=(tap < W - 1) & mask[None, :], other=0.0
+    ).to(tl.float32)
+    new = tl.load(x + channels, mask=mask, other=0.0).to(tl.float32)
+    taps = tl.load(
+        weight + channels[None, :] * W + tap, mask=(tap < W) & mask[None, :], other=0.0
+    ).to(tl.float32)
+    return tl.where(tap == W - 1, new[None, :], old), taps
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def store_window(window, conv_state, channels, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """Keep the newest W - 1 inputs for the next token."""
+    tap = tl.arange(0, WP)[:, None]
+    at = conv_state + (tap - 1) * C + channels[None, :]
+    tl.store(at, window.to(conv_state.dtype.element_ty), mask=(tap >= 1) & (tap < W) & mask[None, :])
 
 
 @triton.jit
@@ -54,6 +65,7 @@ def decode_kernel(
     V: tl.constexpr,
     VP: tl.constexpr,
     W: tl.constexpr,
+    WP: tl.constexpr,
     GATE: tl.constexpr,
 ):
     """One program a sequence and head, so that the norm of a head's output needs no second launch."""
@@ -71,33 +83,38 @@ def decode_kernel(
         return
     state_at = state + ((slot * HV + hv) * K + kk[:, None]) * V + vv[None, :]
     state_mask = k_mask[:, None] & v_mask[None, :]
-    # The state is nearly all that moves: ask for it first, so that the small work hides behind it.
+    # The state is nearly all that moves: ask for it first, then for everything else, and store only then. A store
+    # in between would hold back every load behind it, since the two might overlap.
     s = tl.load(state_at, mask=state_mask, other=0.0).to(tl.float32)
-
-    x_at = sequence.to(tl.int64) * C
-    conv_at = slot * ((W - 1) * C)
+    x = qkv + sequence.to(tl.int64) * C
+    kept = conv_state + slot * ((W - 1) * C)
     q_channels = hv * K + kk
     k_channels = HV * K + hv * K + kk
     v_channels = 2 * HV * K + hv * V + vv
-    q_new, q_row = convolve_token(qkv, x_at, conv_weight, conv_state, conv_at, q_channels, k_mask, C, W)
-    k_new, k_row = convolve_token(qkv, x_at, conv_weight, conv_state, conv_at, k_channels, k_mask, C, W)
-    v_new, v_row = convolve_token(qkv, x_at, conv_weight, conv_state, conv_at, v_channels, v_mask, C, W)
-    tl.debug_barrier()
-    push_token(q_new, conv_state, conv_at, q_channels, k_mask, C, W)
-    push_token(k_new, conv_state, conv_at, k_channels, k_mask, C, W)
-    push_token(v_new, conv_state, conv_at, v_channels, v_mask, C, W)
+    q_window, q_taps = load_window(x, conv_weight, kept, q_channels, k_mask, C, W, WP)
+    k_window, k_taps = load_window(x, conv_weight, kept, k_channels, k_mask, C, W, WP)
+    v_window, v_taps = load_window(x, conv_weight, kept, v_channels, v_mask, C, W, WP)
+    b = tl.load(beta + row).to(tl.float32)
+    decay = token_decay(g, row * K, kk, k_mask, hv, a_log, dt_bias, lower_bound, K, GATE)
+    norm = tl.load(norm_weight + vv, mask=v_mask, other=0.0).to(tl.float32)
+    gate = tl.load(output_gate + row * V + vv, mask=v_mask, other=0.0).to(tl.float32)
 
+    q_row = silu(tl.sum(q_window * q_taps, axis=0))
+    k_row = silu(tl.sum(k_window * k_taps, axis=0))
+    v_row = silu(tl.sum(v_window * v_taps, axis=0))
     q_row *= tl.rsqrt(tl.sum(q_row * q_row, axis=0) + 1e-6)
     k_row *= tl.rsqrt(tl.sum(k_row * k_row, axis=0) + 1e-6)
-    b = 1.0 / (1.0 + tl.exp2(-tl.load(beta + row).to(tl.float32) * LOG2E))
-    decay = token_decay(g, row * K, kk, k_mask, hv, a_log, dt_bias, lower_bound, K, GATE)
+    b = 1.0 / (1.0 + tl.exp2(-b * LOG2E))
     s, output = delta_step(s, q_row, k_row, v_row, decay, b, scale)
-    tl.store(state_at, s.to(state.dtype.element_ty), mask=state_mask)
-
     output *= tl.rsqrt(tl.sum(output * output, axis=0) / V + eps)
-    output *= tl.load(norm_weight + vv, mask=v_mask, other=0.0).to(tl.float32)
-    gate = tl.load(output_gate + row * V + vv, mask=v_mask, other=0.0).to(tl.float32)
-    output /= 1.0 + tl.exp2(-gate * LOG2E)
+    output *= norm / (1.0 + tl.exp2(-gate * LOG2E))
+
+    # Threads may share an element; none may overwrite a window that another has still to read.
+    tl.debug_barrier()
+    tl.store(state_at, s.to(state.dtype.element_ty), mask=state_mask)
+    store_window(q_window, kept, q_channels, k_mask, C, W, WP)
+    store_window(k_window, kept, k_channels, k_mask, C, W, WP)
+    store_window(v_window, kept, v_channels, v_mask, C, W, WP)
     tl.store(o + row * V + vv, output.to(o.dtype.element_ty), mask=v_mask)
 
 
@@ -186,7 +203,8 @@ def kda_decode_step(
         V=value_dim,
         VP=max(16, triton.next_power_of_2(value_dim)),
         W=width,
+        WP=triton.next_power_of_2(width),
         GATE=gate_kind(True, lower_bound),
-        num_warps=8,
+        **DECODE_OPTIONS,
     )
     return o

@@ -23,10 +23,13 @@ def token_decay(g, at, channels, mask, hv, a_log, dt_bias, lower_bound, K: tl.co
 @triton.jit
 def delta_step(state, q, k, v, decay, b, scale):
     """S <- Diag(decay) S; S <- S + k (b (v - S^T k))^T; o = scale S^T q (arXiv:2510.26692, equation 1)."""
+    # Both reads of the decayed state wait for nothing; the update's share of o is (q . k) error.
     state *= decay[:, None]
-    error = b * (v - tl.sum(state * k[:, None], axis=0))
-    state += k[:, None] * error[None, :]
-    return state, tl.sum(state * (q * scale)[:, None], axis=0)
+    along_k = tl.sum(state * k[:, None], axis=0)
+    along_q = tl.sum(state * q[:, None], axis=0)
+    error = b * (v - along_k)
+    output = scale * (along_q + tl.sum(q * k, axis=0) * error)
+    return state + k[:, None] * error[None, :], output
 
 
 @triton.jit
