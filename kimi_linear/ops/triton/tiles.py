@@ -57,8 +57,10 @@ def tile_offsets(stride: tl.constexpr, start, S: tl.constexpr, A: tl.constexpr, 
     s = tl.arange(0, S).to(tl.int64) * (A * stride)
     channels = (start + tl.arange(0, D)).to(tl.int64)
     if SUB_CHUNKS_OUTERMOST:
-        return s[:, None, None] + a[None, :, None] + channels[None, None, :]
-    return s[None, :, None] + a[:, None, None] + channels[None, None, :]
+        offsets = s[:, None, None] + a[None, :, None] + channels[None, None, :]
+    else:
+        offsets = s[None, :, None] + a[:, None, None] + channels[None, None, :]
+    return offsets
 
 
 @triton.jit
@@ -68,8 +70,10 @@ def tile_mask(rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, D:
     s = tl.arange(0, S) * A
     channels = (start + tl.arange(0, D) < K)[None, None, :]
     if SUB_CHUNKS_OUTERMOST:
-        return (s[:, None, None] + a[None, :, None] < rows) & channels
-    return (s[None, :, None] + a[:, None, None] < rows) & channels
+        mask = (s[:, None, None] + a[None, :, None] < rows) & channels
+    else:
+        mask = (s[None, :, None] + a[:, None, None] < rows) & channels
+    return mask
 
 
 @triton.jit
