@@ -124,5 +124,8 @@ class Display(AbstractContextManager["Display"]):
     ) -> None:
         self.live.stop()
         if not self.console.is_terminal:
-            for run in self.rows:
-                self.console.print(self.line(run), highlight=False)
+            for run, row in self.rows.items():
+                if row.started is not None:
+                    self.console.print(self.line(run), highlight=False)
+        if kind is KeyboardInterrupt:
+            self.console.print("interrupted: --resume continues from the newest checkpoints")
