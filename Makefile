@@ -19,11 +19,12 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # A stamp is written last, so an interrupted installation starts again and a finished one is re-used.
-$(VENV)/.cpu: requirements/cpu.txt pyproject.toml
+$(VENV)/.cpu: requirements/cpu.txt requirements/compiled.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "rlscale needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps $(TORCH) || $(BIN)/pip install --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/compiled.txt || echo "no C compiler: reasoning_gym/zebra_puzzles will not run"
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -12,9 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
+
+# reasoning-gym imports this SAT solver for zebra_puzzles alone, and it has to be compiled: where that was not
+# possible, the other datasets work all the same.
+_SAT_SOLVER = find_spec("pycosat") is not None
+if not _SAT_SOLVER:
+    sys.modules["pycosat"] = ModuleType("pycosat")
+
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
@@ -47,6 +57,8 @@ class GymTask(Task):
         """Raises UserError: unknown dataset or option, or a configuration that the dataset refuses."""
         self.name = PREFIX + dataset  # type: ignore[misc]
         known = [field.name for field in dataset_fields(dataset)]
+        if dataset == "zebra_puzzles" and not _SAT_SOLVER:
+            raise UserError(f"{self.name} needs pycosat, which needs a C compiler: pip install pycosat")
         for option in options:
             if option not in known:
                 raise UserError(f"{self.name}: unknown option '{option}', known are {', '.join(known)}")

@@ -288,3 +288,19 @@ def test_special_tokens_inside_a_completion_stay_visible():
         assert (
             make_task("reversal", 2, {}).score(problem, decode_completion(TOKENIZER, wrong), "exact") == 0.0
         )
+
+
+def test_only_zebra_puzzles_need_the_sat_solver_that_has_to_be_compiled() -> None:
+    code = """
+import sys
+sys.modules["pycosat"] = None  # as if it could not be installed
+from rlscale.errors import UserError
+from rlscale.tasks import make_task
+assert make_task("reasoning_gym/chain_sum", 10, {}).problem("train", 0).answer
+try:
+    make_task("reasoning_gym/zebra_puzzles", 50, {})
+except UserError as error:
+    sys.exit("pip install pycosat" not in str(error))
+sys.exit("no error")
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
