@@ -19,18 +19,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from rlscale.errors import UserError
+from rlscale.tasks.base import Shaping, Split, Task, TaskOptions, split_of
+from rlscale.types import Problem
+
 # reasoning-gym imports this SAT solver for zebra_puzzles alone, and it has to be compiled: where that was not
 # possible, the other datasets work all the same.
 _SAT_SOLVER = find_spec("pycosat") is not None
 if not _SAT_SOLVER:
     sys.modules["pycosat"] = ModuleType("pycosat")
 
-import reasoning_gym
-from reasoning_gym.factory import DATASETS
+import reasoning_gym  # noqa: E402
+from reasoning_gym.factory import DATASETS  # noqa: E402
 
-from rlscale.errors import UserError
-from rlscale.tasks.base import Shaping, Split, Task, TaskOptions, split_of
-from rlscale.types import Problem
 
 PREFIX = "reasoning_gym/"
 _REMEMBERED_ENTRIES = 4096
