@@ -32,7 +32,6 @@ if not _SAT_SOLVER:
 import reasoning_gym  # noqa: E402
 from reasoning_gym.factory import DATASETS  # noqa: E402
 
-
 PREFIX = "reasoning_gym/"
 _REMEMBERED_ENTRIES = 4096
 
