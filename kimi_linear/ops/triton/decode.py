@@ -14,18 +14,16 @@ DECODE_OPTIONS = {"num_warps": 4}
 
 
 @triton.jit
-def load_window(
-    x, weight, conv_state, channels, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr
-):
+def load_window(x, weight, conv_state, channels, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     """The last W inputs of some channels, newest last, and their filter, both [WP, D] in float32."""
     tap = tl.arange(0, WP)[:, None]
-    old = tl.load(
-        conv_state + tap * C + channels[None, :], mask=(tap < W - 1) & mask[None, :], other=0.0
-    ).to(tl.float32)
+    old = tl.load(conv_state + tap * C + channels[None, :], mask=(tap < W - 1) & mask[None, :], other=0.0).to(
+        tl.float32
+    )
     new = tl.load(x + channels, mask=mask, other=0.0).to(tl.float32)
-    taps = tl.load(
-        weight + channels[None, :] * W + tap, mask=(tap < W) & mask[None, :], other=0.0
-    ).to(tl.float32)
+    taps = tl.load(weight + channels[None, :] * W + tap, mask=(tap < W) & mask[None, :], other=0.0).to(
+        tl.float32
+    )
     return tl.where(tap == W - 1, new[None, :], old), taps
 
 
@@ -83,8 +81,8 @@ def decode_kernel(
         return
     state_at = state + ((slot * HV + hv) * K + kk[:, None]) * V + vv[None, :]
     state_mask = k_mask[:, None] & v_mask[None, :]
-    # The state is nearly all that moves: ask for it first, then for everything else, and store only then. A store
-    # in between would hold back every load behind it, since the two might overlap.
+    # The state is nearly all that moves: ask for it first, then for everything else, and store only then. A
+    # store in between would hold back every load behind it, since the two might overlap.
     s = tl.load(state_at, mask=state_mask, other=0.0).to(tl.float32)
     x = qkv + sequence.to(tl.int64) * C
     kept = conv_state + slot * ((W - 1) * C)
@@ -137,8 +135,9 @@ def kda_decode_step(
     """What a KDA layer does for one token of N sequences between its projections, in one launch.
 
     Short convolution and SiLU of q, k and v, normalisation of q and k, gate, sigmoid of beta, the recurrence,
-    per-head RMSNorm and sigmoid output gate. Advances `conv_state` and `state` in place at the rows that `slots`
-    names and touches no others. Allocates only its result and reads nothing back, so CUDA graphs can hold it.
+    per-head RMSNorm and sigmoid output gate. Advances `conv_state` and `state` in place at the rows that
+    `slots` names and touches no others. Allocates only its result and reads nothing back, so CUDA graphs can
+    hold it.
 
     Args:
         qkv: [N, HV * (2 K + V)], projections before the convolution: all heads of q, then of k, then of v.
@@ -148,12 +147,9 @@ def kda_decode_step(
         beta: [N, HV], logits.
         A_log: HV values; dt_bias: HV * K values or None.
         state: [slots, HV, K, V], float32 or bfloat16.
-        slots: [N] int, each sequence's row of both caches, distinct; a negative one is padding, whose output is 0.
-        output_gate: [N, HV, V], logits.
-        norm_weight: [V].
-        scale: factor of the output, K ** -0.5 if None.
-        eps: of the RMSNorm.
-        lower_bound: chooses the bounded gate.
+        slots: [N] int, each sequence's row of both caches, distinct; a negative one is padding, whose output
+        is 0. output_gate: [N, HV, V], logits. norm_weight: [V]. scale: factor of the output, K ** -0.5 if
+        None. eps: of the RMSNorm. lower_bound: chooses the bounded gate.
 
     Returns:
         [N, HV, V] in qkv's dtype.

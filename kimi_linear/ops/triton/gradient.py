@@ -31,8 +31,8 @@ from kimi_linear.ops.triton.tiles import (
 
 @triton.jit
 def sub_chunk_sums(x, h: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """Sums [1, S, D] over whole sub-chunks at the level that pairs halves of h of them: those behind each one where
-    it is a row, those before where it is a column.
+    """Sums [1, S, D] over whole sub-chunks at the level that pairs halves of h of them: those behind each one
+    where it is a row, those before where it is a column.
     """
     y = tl.reshape(x, [S // (2 * h), 2, h, D])
     second = tl.arange(0, 2)[None, :, None, None] == 1
@@ -135,10 +135,10 @@ def gradient_kernel(
 ):
     """One program a chunk and value head. q and k are taken as they came, as `prepare_kernel` takes them.
 
-    With P the attention and L the strictly lower triangle of `prepare_kernel`, delta and derror of the scans and
-    do' = scale rq do: dP = do' delta^T; dL = -derror delta^T up to the factor beta rk of its rows, since derror
-    already holds the inverse; d(queries) = do' S^T, d(read_keys) = -beta rk derror S^T, d(write_keys) =
-    delta dS^T, dv = beta derror. The rest is local to the chunk.
+    With P the attention and L the strictly lower triangle of `prepare_kernel`, delta and derror of the scans
+    and do' = scale rq do: dP = do' delta^T; dL = -derror delta^T up to the factor beta rk of its rows, since
+    derror already holds the inverse; d(queries) = do' S^T, d(read_keys) = -beta rk derror S^T, d(write_keys)
+    = delta dS^T, dv = beta derror. The rest is local to the chunk.
     """
     A: tl.constexpr = 16
     S: tl.constexpr = 4
@@ -155,7 +155,8 @@ def gradient_kernel(
     block = program.to(tl.int64)
     packed = block * (C * VP)
 
-    # The gradients of P and L, in the pieces of `prepare_kernel`, and of their transposes, which columns need.
+    # The gradients of P and L, in the pieces of `prepare_kernel`, and of their transposes, which columns
+    # need.
     a = tl.arange(0, A)
     near = tl.arange(0, S)[:, None] * A + a[None, :]
     mid = tl.arange(0, 2)[:, None] * (2 * A) + a[None, :]
@@ -355,7 +356,9 @@ def gradient_kernel(
         g_offsets += tl.cumsum(to_g, axis=1) - to_g
         g_offsets += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
         # A row decays over the tokens up to it, a column over those behind it.
-        g_grad = tl.cumsum(g_rows, axis=0, reverse=True) + tl.cumsum(g_columns, axis=0) - g_columns + g_offsets
+        g_grad = (
+            tl.cumsum(g_rows, axis=0, reverse=True) + tl.cumsum(g_columns, axis=0) - g_columns + g_offsets
+        )
 
         # Read again: kept since the loop's start, it would cost a register a token.
         f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)

@@ -40,7 +40,8 @@ def chunk_table_kernel(
 
 
 def chunk_table(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunks of `tokens` packed tokens: a table [chunks, 2] of (sequence, index) and each sequence's first chunk.
+    """Chunks of `tokens` packed tokens: a table [chunks, 2] of (sequence, index) and each sequence's first
+    chunk.
 
     The number of chunks is an upper bound; those beyond the last carry the sequence number N.
     """

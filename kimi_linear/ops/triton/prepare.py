@@ -1,4 +1,6 @@
-"""What a chunk can compute without the state: the decayed keys and queries, the attention inside, its inverse."""
+"""What a chunk can compute without the state: the decayed keys and queries, the attention inside, its
+inverse.
+"""
 
 import triton
 import triton.language as tl
@@ -59,7 +61,8 @@ def load_beta(beta, base, offsets, mask, SIGMOID: tl.constexpr):
 
 @triton.jit
 def product(x, y, PRECISION: tl.constexpr):
-    """[G, M, D] @ [G, D, N]. A batch of one is multiplied as matrices, or every warp would compute all of it."""
+    """[G, M, D] @ [G, D, N]. A batch of one is multiplied as matrices, or every warp would compute all of it.
+    """
     G: tl.constexpr = x.shape[0]
     M: tl.constexpr = x.shape[1]
     D: tl.constexpr = x.shape[2]
@@ -141,9 +144,9 @@ def prepare_kernel(
 
     Writes, in the order of the tokens, read_keys = k exp(G), queries = q exp(G), write_keys = k exp(G_C - G)
     [64, KP] each; decay = exp(G_C) [KP]; attention = q k^T decayed, lower triangle, and
-    inverse = diag(rk) (I + diag(beta rk) (k k^T decayed, strictly lower) diag(rk))^-1, both [64, 64]; and scales
-    [3, 64]: rq and rk, the inverse norms (1 unless NORMALIZE), and beta. q and k stay as they came: the norms
-    are sums over all channels, known at the end, and cost the scans one product a row.
+    inverse = diag(rk) (I + diag(beta rk) (k k^T decayed, strictly lower) diag(rk))^-1, both [64, 64]; and
+    scales [3, 64]: rq and rk, the inverse norms (1 unless NORMALIZE), and beta. q and k stay as they came:
+    the norms are sums over all channels, known at the end, and cost the scans one product a row.
     """
     A: tl.constexpr = 16
     S: tl.constexpr = 4
@@ -240,8 +243,8 @@ def prepare_kernel(
     tl.store(at + 2 * C, b)
     tl.debug_barrier()
 
-    # (I + L)^-1 by blocks: [[X, 0], [L', Y]] has the inverse [[X^-1, 0], [-Y^-1 L' X^-1, Y^-1]]. Every product
-    # is of true inverses, so near-collinear keys, which make the powers of L explode, do no harm.
+    # (I + L)^-1 by blocks: [[X, 0], [L', Y]] has the inverse [[X^-1, 0], [-Y^-1 L' X^-1, Y^-1]]. Every
+    # product is of true inverses, so near-collinear keys, which make the powers of L explode, do no harm.
     near_gram *= (b * k_norm)[:, :, None] * k_norm[:, None, :]
     near = tl.where(level_mask(a[:, None], a[None, :], 1)[None, :, :], -near_gram, 0.0)
     near = tl.where(same, 1.0, near)

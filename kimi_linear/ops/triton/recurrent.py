@@ -1,4 +1,5 @@
-"""Kimi Delta Attention token by token: `fused_recurrent_kda`, and a whole layer's decode step in one launch."""
+"""Kimi Delta Attention token by token: `fused_recurrent_kda`, and a whole layer's decode step in one launch.
+"""
 
 import torch
 import triton
@@ -118,8 +119,8 @@ def fused_recurrent_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`kimi_linear.ops.fused_recurrent_kda` in one launch, for a few tokens a sequence. No gradients.
 
-    Arguments and results are the dispatcher's. Raises ValueError where a gradient is asked for: `chunk_kda` has
-    them.
+    Arguments and results are the dispatcher's. Raises ValueError where a gradient is asked for: `chunk_kda`
+    has them.
     """
     check_head_sizes(q, v)
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)

@@ -58,8 +58,8 @@ def scan_forward_kernel(
     delta = inverse beta (v - rk read_keys S);  o = scale rq (queries S + attention delta);
     S <- decay S + write_keys^T delta.
 
-    With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and delta for the backward
-    pass; without `o` computes no output.
+    With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and delta for the
+    backward pass; without `o` computes no output.
     """
     C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV

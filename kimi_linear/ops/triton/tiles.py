@@ -89,8 +89,11 @@ def load_tile(
 ):
     """A tile [A, S, D] with a warp's 32 lanes along a row; zeros where there is no token or channel."""
     offsets = tile_offsets(stride, start, S, A, D)
-    # Without the hint a lane would take 16 bytes, and a sub-chunk would be spread over lanes.
-    at = tl.max_contiguous(base + offsets, (1, 1, max(1, D // 32)))
+    # Claiming no more alignment than this keeps a lane from taking 16 bytes, which would spread a sub-chunk over
+    # lanes.
+    at = tl.multiple_of(
+        base + offsets, (1, 1, max(1, D // 32) * (base.dtype.element_ty.primitive_bitwidth // 8))
+    )
     x = tl.load(at, mask=tile_mask(rows, start, K, S, A, D), other=0.0)
     if SUB_CHUNKS_OUTERMOST:
         x = tl.permute(x, (1, 0, 2))
@@ -111,7 +114,9 @@ def store_tile(
 ):
     """The counterpart of `load_tile`."""
     offsets = tile_offsets(stride, start, S, A, D)
-    at = tl.max_contiguous(base + offsets, (1, 1, max(1, D // 32)))
+    at = tl.multiple_of(
+        base + offsets, (1, 1, max(1, D // 32) * (base.dtype.element_ty.primitive_bitwidth // 8))
+    )
     x = x.to(base.dtype.element_ty)
     if SUB_CHUNKS_OUTERMOST:
         x = tl.permute(x, (1, 0, 2))

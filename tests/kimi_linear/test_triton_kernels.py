@@ -1,0 +1,226 @@
+"""The Triton kernels against the float64 recurrence, on the CPU under Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, so these tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_linear.ops.arguments import activate, kda_gate, l2_normalize
+from kimi_linear.ops.conv import convolution_step
+from kimi_linear.ops.reference import recurrent_kda, recurrent_step
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_kernels_agree_with_the_recurrence_under_the_interpreter() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    from kimi_linear.ops.triton import chunk_kda, fused_recurrent_kda, kda_decode_step
+
+    NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+
+    def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((x.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+    def new_inputs(
+        batch: int, tokens: int, heads: int, value_heads: int, key_dim: int, value_dim: int, sequences: int
+    ) -> dict[str, torch.Tensor]:
+        return {
+            "q": torch.randn(batch, tokens, heads, key_dim),
+            "k": torch.randn(batch, tokens, heads, key_dim),
+            "v": torch.randn(batch, tokens, value_heads, value_dim),
+            "g": torch.randn(batch, tokens, value_heads, key_dim),
+            "beta": torch.randn(batch, tokens, value_heads),
+            "A_log": torch.empty(value_heads).uniform_(1, 16).log(),
+            "dt_bias": torch.randn(value_heads * key_dim) - 2,
+            "initial_state": torch.randn(sequences, value_heads, key_dim, value_dim),
+        }
+
+    def call(kernel, inputs, activated=False, lower_bound=None, cu_seqlens=None):  # type: ignore[no-untyped-def]
+        tensors = {n: x for n, x in inputs.items() if not (activated and n in ("A_log", "dt_bias"))}
+        return kernel(
+            **tensors,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=not activated,
+            use_beta_sigmoid_in_kernel=not activated,
+            lower_bound=lower_bound,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def reference(inputs, activated=False, lower_bound=None, cu_seqlens=None):  # type: ignore[no-untyped-def]
+        x = {name: tensor.double() for name, tensor in inputs.items()}
+        gates = (None, None) if activated else (x["A_log"], x["dt_bias"])
+        q, k, v, g, beta = activate(
+            *(x[n] for n in NAMES[:5]), True, not activated, not activated, *gates, lower_bound
+        )
+        scale = q.shape[-1] ** -0.5
+        if cu_seqlens is None:
+            return recurrent_kda(q, k, v, g, beta, scale, x["initial_state"])
+        outputs, states = [], []
+        bounds = cu_seqlens.tolist()
+        for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            parts = (t[:, start:end] for t in (q, k, v, g, beta))
+            o, state = recurrent_kda(*parts, scale, x["initial_state"][n : n + 1])
+            outputs.append(o)
+            states.append(state)
+        return torch.cat(outputs, 1), torch.cat(states)
+
+    def check(inputs, tolerance=1e-5, **options):  # type: ignore[no-untyped-def]
+        """Outputs, states and every gradient against float64."""
+        unused = ("A_log", "dt_bias") if options.get("activated") else ()
+        used = [x.requires_grad_() for name, x in inputs.items() if name not in unused]
+        o, state = call(chunk_kda, inputs, **options)
+        expected_o, expected_state = reference(inputs, **options)
+        assert relative_error(o.detach(), expected_o.detach()) < tolerance
+        assert relative_error(state.detach(), expected_state.detach()) < tolerance
+        o_grad, state_grad = torch.randn_like(o), torch.randn_like(state)
+        grads = torch.autograd.grad((o, state), used, (o_grad, state_grad))
+        wanted = (o_grad.double(), state_grad.double())
+        expected = torch.autograd.grad((expected_o, expected_state), used, wanted)
+        for grad, want in zip(grads, expected, strict=True):
+            assert relative_error(grad, want.double()) < tolerance
+
+    @pytest.mark.parametrize(
+        ("tokens", "heads", "value_heads", "key_dim", "value_dim", "lower_bound"),
+        [
+            (65, 1, 1, 16, 16, None),
+            (130, 1, 2, 24, 40, -5.0),
+            (1, 2, 2, 16, 32, None),
+            (15, 1, 1, 80, 16, None),
+        ],
+    )
+    def test_chunks_give_the_recurrences_results_and_gradients(
+        tokens: int, heads: int, value_heads: int, key_dim: int, value_dim: int, lower_bound: float | None
+    ) -> None:
+        check(new_inputs(1, tokens, heads, value_heads, key_dim, value_dim, 1), lower_bound=lower_bound)
+
+    def test_a_batch_of_rows_gives_the_recurrences_results_and_gradients() -> None:
+        check(new_inputs(2, 63, 1, 1, 16, 16, 2))
+
+    def test_packed_sequences_of_any_length_do_not_see_each_other() -> None:
+        bounds = torch.tensor([0, 1, 1, 65, 100])
+        check(new_inputs(1, 100, 1, 1, 16, 16, 4), cu_seqlens=bounds)
+
+    def extreme_gates(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        shape = inputs["g"].shape
+        choice = torch.tensor([0.0, -20.0, -1000.0, -0.1])[torch.randint(0, 4, shape)]
+        inputs["g"] = torch.where(torch.rand(shape) < 0.3, choice, -torch.rand(shape))
+        inputs["beta"] = torch.rand(inputs["beta"].shape)
+        return inputs
+
+    def test_gates_of_zero_and_minus_a_thousand_stay_exact() -> None:
+        check(extreme_gates(new_inputs(1, 80, 1, 1, 16, 16, 1)), activated=True)
+
+    def test_near_collinear_keys_with_full_beta_do_not_blow_up() -> None:
+        inputs = extreme_gates(new_inputs(1, 64, 1, 1, 32, 16, 1))
+        inputs["k"] = torch.randn(1, 1, 1, 32) + 0.02 * inputs["k"]
+        inputs["g"] = -0.01 * torch.rand(inputs["g"].shape)
+        inputs["beta"] = torch.full(inputs["beta"].shape, 0.999)
+        o, state = call(chunk_kda, inputs, activated=True)
+        expected_o, expected_state = reference(inputs, activated=True)
+        assert relative_error(o, expected_o) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    def test_beta_of_zero_has_its_gradient() -> None:
+        inputs = extreme_gates(new_inputs(1, 20, 1, 1, 16, 16, 1))
+        inputs["beta"][:, ::3] = 0.0
+        check(inputs, activated=True)
+
+    def test_keys_of_zero_leave_only_the_initial_state() -> None:
+        inputs = new_inputs(1, 66, 1, 1, 16, 16, 1)
+        inputs["k"].zero_()
+        o, state = call(chunk_kda, inputs)
+        expected_o, expected_state = reference(inputs)
+        assert relative_error(o, expected_o) < 1e-5
+        assert relative_error(state, expected_state) < 1e-5
+
+    def test_changing_the_future_changes_no_bit_before_it() -> None:
+        inputs = new_inputs(1, 70, 1, 1, 16, 16, 1)
+        before, _ = call(chunk_kda, inputs)
+        for cut in (21, 66):
+            changed = {name: x.clone() for name, x in inputs.items()}
+            for name in NAMES[:5]:
+                changed[name][:, cut:] = 30 * torch.randn_like(changed[name][:, cut:])
+            after, _ = call(chunk_kda, changed)
+            assert torch.equal(before[:, :cut], after[:, :cut])
+            assert not torch.equal(before[:, cut:], after[:, cut:])
+
+    @settings(max_examples=6, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any),
+        key_dim=st.integers(16, 40),
+        value_dim=st.integers(16, 40),
+        seed=st.integers(0, 2**16),
+    )
+    def test_chunks_equal_the_token_by_token_kernel(
+        lengths: list[int], key_dim: int, value_dim: int, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        inputs = new_inputs(1, sum(lengths), 1, 1, key_dim, value_dim, len(lengths))
+        with torch.no_grad():
+            chunk = call(chunk_kda, inputs, cu_seqlens=bounds)
+            token = call(fused_recurrent_kda, inputs, cu_seqlens=bounds)
+        for x, expected in zip(chunk, token, strict=True):
+            assert relative_error(x, expected.double()) < 1e-5
+
+    def test_half_precision_inputs_are_read_and_written_in_their_dtype() -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs = new_inputs(1, 20, 1, 1, 16, 16, 1)
+            for name in NAMES[:5]:
+                inputs[name] = inputs[name].to(dtype)
+            o, state = call(chunk_kda, inputs)
+            assert o.dtype == dtype
+            assert state.dtype == torch.float32
+            assert relative_error(o, reference(inputs)[0]) < 0.004
+
+    def test_decode_step_is_the_layer_and_touches_no_other_slot() -> None:
+        sequences, heads, key_dim, value_dim, width, slots = 3, 2, 16, 24, 4, 6
+        channels = heads * (2 * key_dim + value_dim)
+        qkv, weight = torch.randn(sequences, channels), torch.randn(channels, width)
+        g, beta = torch.randn(sequences, heads, key_dim), torch.randn(sequences, heads)
+        a_log, dt_bias = torch.randn(heads), torch.randn(heads * key_dim)
+        gate, norm = torch.randn(sequences, heads, value_dim), torch.randn(value_dim)
+        window, state = torch.randn(slots, width - 1, channels), torch.randn(slots, heads, key_dim, value_dim)
+        rows = torch.tensor([4, -1, 1])
+        unused = [0, 2, 3, 5]
+        window[unused], state[unused] = float("nan"), float("nan")
+        new_window, new_state = window.clone(), state.clone()
+        o = kda_decode_step(qkv, weight, new_window, g, beta, a_log, dt_bias, new_state, rows, gate, norm)
+
+        used = [0, 2]
+        y, expected_window = convolution_step(qkv[used], weight, window[rows[used]])
+        q, k, v = (
+            x.view(2, heads, -1) for x in y.split([heads * key_dim, heads * key_dim, heads * value_dim], 1)
+        )
+        decay = kda_gate(g[used], a_log, dt_bias)
+        expected, expected_state = recurrent_step(
+            l2_normalize(q), l2_normalize(k), v, decay, beta[used].sigmoid(), state[rows[used]], key_dim**-0.5
+        )
+        expected = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1e-5)
+        torch.testing.assert_close(o[used], expected * norm * gate[used].sigmoid(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(new_state[rows[used]], expected_state, rtol=1e-4, atol=1e-5)
+        assert torch.equal(new_window[rows[used]], expected_window)
+        assert not o[1].any()
+        assert new_state[unused].isnan().all()
+        assert new_window[unused].isnan().all()
+
+    def test_impossible_calls_are_refused_in_one_line() -> None:
+        inputs = new_inputs(1, 2, 1, 1, 16, 16, 1)
+        with pytest.raises(ValueError, match="got torch.float64"):
+            call(chunk_kda, {**inputs, "q": inputs["q"].double()})
+        with pytest.raises(ValueError, match="K = 272 is too large"):
+            call(chunk_kda, new_inputs(1, 2, 1, 1, 272, 16, 1))
+        with pytest.raises(ValueError, match="has no gradient"):
+            call(fused_recurrent_kda, {**inputs, "v": inputs["v"].requires_grad_()})
