@@ -1,12 +1,13 @@
-"""Times Kimi Delta Attention on a GPU, beside flash-linear-attention and full attention where they are installed.
+"""Times Kimi Delta Attention on a GPU, beside flash-linear-attention, if installed, and full attention.
 
     python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers]
 
-Medians of repeated calls by device events, fresh normal inputs, bfloat16, K = V = 128, the released model's gate.
+Medians of repeated calls by device events, normal inputs, bfloat16, K = V = 128, the unbounded gate.
 The file is written again after every case, so a run cut short leaves what it measured.
 """
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -228,7 +229,7 @@ def main() -> None:
     peer = None
     if not arguments.without_peers:
         try:
-            from fla.ops.kda import chunk_kda as peer
+            peer = importlib.import_module("fla.ops.kda").chunk_kda
         except ImportError:
             print("flash-linear-attention is not installed: timing without it")
     measure(Results(arguments.output), peer, not arguments.without_peers)

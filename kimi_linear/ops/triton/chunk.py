@@ -15,8 +15,8 @@ from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE, SOFTPLUS_GATE
 
 MAX_HEAD_SIZE = 256
 
-# Fixed by measurement (benchmarks/NOTES.md): channels of a tile and warps. Loops are not pipelined through shared
-# memory: their tiles live in registers.
+# Fixed by measurement (benchmarks/NOTES.md): channels of a tile and warps. Loops are not pipelined through
+# shared memory: their tiles live in registers.
 PREPARE_OPTIONS = {"BK": 64, "num_warps": 4, "num_stages": 1}
 GRADIENT_OPTIONS = {"BK": 32, "num_warps": 4, "num_stages": 1}
 WIDE_GRADIENT_OPTIONS = {"BK": 32, "num_warps": 2, "num_stages": 1}
@@ -90,14 +90,16 @@ class Problem:
 
     @property
     def wide(self) -> bool:
-        """Whether a chunk's keys are too large to be prefetched. Such scans do without warp-group products (two
+        """Whether a chunk's keys are too large to be prefetched.
+
+        Such scans do without warp-group products (two
         warps are too few for them): unpipelined ones read past their operands in Triton 3.6."""
         return self.padded_key_dim * self.operand.itemsize > 256
 
     def scan_options(self) -> tuple[dict[str, int], int]:
         """Value channels a program, pipeline depth, and the number of slices they make."""
         # The scan is a chain of dependent steps: fewer channels a program shorten a step and fill more
-        # multiprocessors, but each slice reads all keys again. So: the widest slice that gives each one some work.
+        # multiprocessors, but each slice reads all keys again. So: the widest slice that still fills them.
         block = min(64, self.padded_value_dim)
         while block > 16 and self.sequences * self.value_heads * triton.cdiv(self.value_dim, block) < 120:
             block //= 2
@@ -210,7 +212,7 @@ class ChunkKDA(torch.autograd.Function):
     """Keeps its inputs alone; the backward pass computes the rest again (about an eighth of its time)."""
 
     @staticmethod
-    def forward(ctx, p, q, k, v, g, beta, a_log, dt_bias, initial_state, output_final_state):  # type: ignore[no-untyped-def]
+    def forward(ctx, p, q, k, v, g, beta, a_log, dt_bias, initial_state, output_final_state):
         prepared = prepare(p, q, k, g, beta, a_log, dt_bias)
         o = torch.empty_like(v)
         final_state = new_final_state(p, v) if output_final_state else None
@@ -220,7 +222,7 @@ class ChunkKDA(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
-    def backward(ctx, do, final_state_grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, do, final_state_grad):
         p: Problem = ctx.problem
         q, k, v, g, beta, a_log, dt_bias, initial_state = ctx.saved_tensors
         do = do.contiguous()
@@ -275,7 +277,6 @@ class ChunkKDA(torch.autograd.Function):
             q,
             k,
             g,
-            beta,
             a_log,
             dt_bias,
             do,
@@ -308,8 +309,8 @@ class ChunkKDA(torch.autograd.Function):
         if groups > 1:
             dq = dq.unflatten(2, (p.heads, groups)).sum(3).to(q.dtype)
             dk = dk.unflatten(2, (p.heads, groups)).sum(3).to(k.dtype)
-        da_log = None if a_log is None else rate_parts.sum(0).view_as(a_log).to(a_log.dtype)
-        ddt_bias = None if dt_bias is None else bias_parts.sum((0, 2)).view_as(dt_bias).to(dt_bias.dtype)
+        da_log = None if rate_parts is None else rate_parts.sum(0).view_as(a_log).to(a_log.dtype)
+        ddt_bias = None if bias_parts is None else bias_parts.sum((0, 2)).view_as(dt_bias).to(dt_bias.dtype)
         return None, dq, dk, dv, dg, dbeta, da_log, ddt_bias, initial_state_grad, None
 
 
@@ -343,7 +344,7 @@ def chunk_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`kimi_linear.ops.chunk_kda` (arXiv:2510.26692, appendix C) in two launches, and gradients in four.
 
-    Arguments and results are the dispatcher's, which also checks their shapes. Sums have a fixed order, so equal
+    Arguments and results are the dispatcher's, which checks their shapes. Sums have a fixed order, so equal
     inputs give equal bits, gradients included. Nothing waits for the device.
     """
     check_head_sizes(q, v)

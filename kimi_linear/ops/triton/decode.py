@@ -8,7 +8,6 @@ from kimi_linear.ops.triton.chunk import check_head_sizes, gate_kind
 from kimi_linear.ops.triton.recurrent import delta_step, token_decay
 from kimi_linear.ops.triton.tiles import LOG2E
 
-
 # Fixed by measurement (benchmarks/NOTES.md).
 DECODE_OPTIONS = {"num_warps": 4}
 

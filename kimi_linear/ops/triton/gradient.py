@@ -96,7 +96,6 @@ def gradient_kernel(
     q,
     k,
     g,
-    beta,
     a_log,
     dt_bias,
     do,

@@ -51,7 +51,7 @@ def inside_tile(rows, start, K: tl.constexpr, S: tl.constexpr, A: tl.constexpr, 
 @triton.jit
 def load_beta(beta, base, offsets, mask, SIGMOID: tl.constexpr):
     x = tl.load(beta + base + offsets, mask=mask, other=0.0).to(tl.float32)
-    if SIGMOID:
+    if SIGMOID:  # noqa: SIM108
         x = 1.0 / (1.0 + tl.exp2(-x * LOG2E))
     else:
         # The gradient divides by beta.
@@ -61,8 +61,7 @@ def load_beta(beta, base, offsets, mask, SIGMOID: tl.constexpr):
 
 @triton.jit
 def product(x, y, PRECISION: tl.constexpr):
-    """[G, M, D] @ [G, D, N]. A batch of one is multiplied as matrices, or every warp would compute all of it.
-    """
+    """[G, M, D] @ [G, D, N]. A batch of one goes as matrices, or every warp would compute all of it."""
     G: tl.constexpr = x.shape[0]
     M: tl.constexpr = x.shape[1]
     D: tl.constexpr = x.shape[2]

@@ -1,5 +1,4 @@
-"""Kimi Delta Attention token by token: `fused_recurrent_kda`, and a whole layer's decode step in one launch.
-"""
+"""Kimi Delta Attention token by token."""
 
 import torch
 import triton
@@ -81,7 +80,7 @@ def recurrent_kernel(
         length = T
     row = start * HV + hv
     qk_row = start * H + hv // (HV // H)
-    for _ in range(0, length):
+    for _ in range(length):
         q_row = tl.load(q + qk_row * K + kk, mask=k_mask, other=0.0).to(tl.float32)
         k_row = tl.load(k + qk_row * K + kk, mask=k_mask, other=0.0).to(tl.float32)
         if NORMALIZE:

@@ -5,9 +5,10 @@ warp per row the A tokens of a sub-chunk sit in one thread's registers: scans al
 between threads. Memory is always in the order of the tokens.
 
 Decays between two tokens of a chunk, exp(G_i - G_j) for i > j, are never split around an anchor that could
-overflow. Level h of a binary tree pairs the second half (rows) of each segment of 2h tokens with its first half
-(columns); a row decays from the middle of the segment to i, a column from j to the middle. Both exponents are
-sums of log decays, so at most 0, and neither looks at a token later than i. All exponents are in base 2.
+overflow. Level h of a binary tree pairs the second half (rows) of each segment of 2h tokens with its first
+half (columns); a row decays from the middle of the segment to i, a column from j to the middle. Both
+exponents are sums of log decays, so at most 0, and neither looks at a token later than i. All exponents are in
+base 2.
 """
 
 import triton
@@ -20,7 +21,7 @@ NO_GATE = tl.constexpr(0)
 SOFTPLUS_GATE = tl.constexpr(1)
 BOUNDED_GATE = tl.constexpr(2)
 
-# Warps go to the outer of two dimensions that are contiguous alike before Triton 3.7, to the inner one since: the
+# Of two dimensions contiguous alike, warps go to the outer one before Triton 3.7, to the inner one since: the
 # order of the two in memory-side tiles that leaves sub-chunks to warps and their tokens to registers.
 SUB_CHUNKS_OUTERMOST = tl.constexpr(tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7))
 
@@ -50,8 +51,9 @@ def place_chunk(chunk, chunk_table, cu_seqlens, T, sequences, VARLEN: tl.constex
 def tile_offsets(stride: tl.constexpr, start, S: tl.constexpr, A: tl.constexpr, D: tl.constexpr):
     """Offsets of channels `start` to start + D of a chunk's tokens, `stride` elements apart.
 
-    They have 64 bits from the start: then a token's place in its sub-chunk is a constant in each address, which
-    the load itself adds. Widened later, every row would hold an address of its own in registers, for every tensor.
+    They have 64 bits from the start: then a token's place in its sub-chunk is a constant in each address,
+    which the load itself adds. Widened later, every row would hold its own address in registers, for every
+    tensor.
     """
     a = tl.arange(0, A).to(tl.int64) * stride
     s = tl.arange(0, S).to(tl.int64) * (A * stride)
@@ -89,8 +91,8 @@ def load_tile(
 ):
     """A tile [A, S, D] with a warp's 32 lanes along a row; zeros where there is no token or channel."""
     offsets = tile_offsets(stride, start, S, A, D)
-    # Claiming no more alignment than this keeps a lane from taking 16 bytes, which would spread a sub-chunk over
-    # lanes.
+    # Claiming no more alignment than this keeps a lane from taking 16 bytes, which would spread a sub-chunk
+    # over lanes.
     at = tl.multiple_of(
         base + offsets, (1, 1, max(1, D // 32) * (base.dtype.element_ty.primitive_bitwidth // 8))
     )
@@ -131,8 +133,8 @@ def log2_decay(f, bias, rate, lower_bound, GATE: tl.constexpr):
     elif GATE == SOFTPLUS_GATE:
         x = f + bias
         e = tl.exp2(-tl.abs(x) * LOG2E)
-        # log2(1 + e) = e p(e), p fitted on [0, 1] to a relative error of 2e-7. Rounding 1 + e first would lose
-        # small values of e, which a long memory adds up.
+        # log2(1 + e) = e p(e), p fitted on [0, 1] to a relative error of 2e-7. Rounding 1 + e first would
+        # lose small values of e, which a long memory adds up.
         p = -0.04182666540145874 + e * 0.007366176228970289
         p = -0.1960711032152176 + e * (0.11163701117038727 + e * p)
         p = -0.3582781255245209 + e * (0.2751409411430359 + e * p)
@@ -147,8 +149,8 @@ def log2_decay(f, bias, rate, lower_bound, GATE: tl.constexpr):
 def level_exponent(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
     """Exponent of every token at level h < A: from the segment's middle for rows, up to it for columns.
 
-    `before` [A, S, D] sums the log decay over a token's own segment of h tokens up to and with it, `after` over
-    the tokens behind it.
+    `before` [A, S, D] sums the log decay over a token's own segment of h tokens up to and with it, `after`
+    over the tokens behind it.
     """
     x = tl.reshape(before, [A // (2 * h), 2, h, S, D])
     y = tl.reshape(after, [A // (2 * h), 2, h, S, D])
@@ -181,7 +183,7 @@ def sub_chunk_totals(before, A: tl.constexpr):
 
 @triton.jit
 def double_sub_chunks(offset_before, offset_after, totals, h: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """As `double_segments`, for segments of h sub-chunks: sums over the sub-chunks before and behind each one.
+    """As `double_segments`, for segments of h sub-chunks: sums over those before and behind each one.
 
     All three are [1, S, D]; sub-chunk s itself is in neither offset.
     """
