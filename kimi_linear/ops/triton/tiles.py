@@ -7,8 +7,8 @@ between threads. Memory is always in the order of the tokens.
 Decays between two tokens of a chunk, exp(G_i - G_j) for i > j, are never split around an anchor that could
 overflow. Level h of a binary tree pairs the second half (rows) of each segment of 2h tokens with its first
 half (columns); a row decays from the middle of the segment to i, a column from j to the middle. Both
-exponents are sums of log decays, so at most 0, and neither looks at a token later than i. All exponents are in
-base 2.
+exponents are sums of log decays, so at most 0, and neither looks at a token later than i. All exponents are
+in base 2.
 """
 
 import triton
