@@ -25,7 +25,7 @@ _ENVIRONMENT = {
 
 
 def connect(address: str | None = None) -> None:
-    """Joins the cluster at `address` (or RAY_ADDRESS); without either starts one on this machine's loopback.
+    """Joins the cluster at `address` (or RAY_ADDRESS); without either starts one on this machine.
 
     Does nothing where Ray is connected already. A cluster started here ends with this process, killed or not.
 
@@ -39,7 +39,7 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
-    start: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    start: dict[str, Any] = {"include_dashboard": False}
     try:
         # What workers have to say arrives as exceptions; their chatter stays in Ray's log folder.
         ray.init(

@@ -18,7 +18,6 @@ def environment() -> dict[str, Any]:
     """Python, versions, platform, CPUs that this process may use, git commit of the code, time in UTC."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "platform": platform.platform(),
