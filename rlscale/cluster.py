@@ -39,14 +39,13 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
-    start: dict[str, Any] = {"include_dashboard": False}
     try:
         # What workers have to say arrives as exceptions; their chatter stays in Ray's log folder.
         ray.init(
             address or "local",
             log_to_driver=False,
             logging_level="error",
-            **({} if address else start),
+            include_dashboard=None if address else False,
         )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
