@@ -1,4 +1,4 @@
-"""The command line: run, sweep, plot, model, tasks.
+"""The command line: run, sweep, plot, model, settings, tasks.
 
 Imports that take seconds (torch, Ray, vLLM) stay inside the commands, so that `--help` answers at once.
 """
@@ -35,7 +35,7 @@ Overrides = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FOLDER", help="Where results go. [default: runs/NAME-OF-CONFIG]"),
+    typer.Option("--output", "-o", metavar="FOLDER", help="Where results go; by default runs/NAME."),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue what an earlier call left unfinished there.")
@@ -45,7 +45,7 @@ Overwrite = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Ray cluster to join. [default: RAY_ADDRESS, else start one here]"),
+    typer.Option(metavar="ADDRESS", help="Ray cluster to join; by default RAY_ADDRESS, else a new one."),
 ]
 
 
@@ -61,7 +61,8 @@ def run(
     """Train one architecture on one task at one required length.
 
     Warm start on generated solutions, then RL with rollouts from vLLM. Metrics, held-out evaluations, sample
-    rollouts and checkpoints land in the output folder, for `rlscale plot` and TensorBoard.
+    rollouts and checkpoints land in the output folder, for `rlscale plot` and TensorBoard. `rlscale settings`
+    lists what CONFIG and KEY=VALUE may set.
     """
     from rlscale.config import RunConfig, load_config
     from rlscale.display import Display
@@ -106,7 +107,7 @@ def plot(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or sweeps of runs.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Where figures go. [default: FOLDER/plots]"),
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where figures go; by default FOLDER/plots."),
     ] = None,
 ) -> None:
     """Draw curves and print the summary table of finished and unfinished runs.
@@ -126,6 +127,23 @@ def model(
     from rlscale.models import comparison_table
 
     Console().print(comparison_table(name))
+
+
+@app.command()
+def settings() -> None:
+    """List every setting of `run`, and the axes of `sweep`, with defaults and explanations.
+
+    A sweep's config holds the settings of its runs under `run`.
+    """
+    from rlscale.config import RunConfig, SweepConfig, describe_settings
+
+    table = Table("setting", "default", "", box=None, header_style="bold", pad_edge=False)
+    axes = [row for row in describe_settings(SweepConfig) if not row[0].startswith("run.")]
+    for group, rows in (("run", describe_settings(RunConfig)), ("sweep", axes)):
+        table.add_row(f"[bold]{group}[/]")
+        for key, default, explanation in rows:
+            table.add_row(key, escape(default), escape(explanation))
+    Console().print(table)
 
 
 @app.command()

@@ -84,11 +84,13 @@ class RolloutConfig(Section):
     workers: int = Field(1, ge=1)
     """Ray actors with an engine each."""
     prompts_per_step: int = Field(16, ge=1)
+    """Prompts that a step draws completions for, none of them drawn before."""
     samples_per_prompt: int = Field(8, ge=2)
     """Completions per prompt, the group that an advantage is measured against."""
     max_tokens: int | None = Field(None, ge=1)
     """Budget of a completion in tokens; default: the required length plus the end-of-sequence token."""
     temperature: float = Field(1.0, gt=0)
+    """Of sampling, in training and evaluation."""
     max_num_seqs: int = Field(128, ge=1)
     """Completions that one engine generates at the same time."""
     cache_gib: float = Field(1.0, gt=0)
@@ -96,6 +98,7 @@ class RolloutConfig(Section):
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
+    """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
 
 
 class GRPOConfig(Section):
@@ -103,9 +106,11 @@ class GRPOConfig(Section):
     (arXiv:2503.14476) and no KL term."""
 
     kind: Literal["grpo"] = "grpo"
+    """Which algorithm; the keys beside it are its own."""
     clip_low: float = Field(0.2, gt=0, lt=1)
+    """The importance ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = Field(0.28, gt=0)
-    """Asymmetric clipping of the importance ratio to [1 - clip_low, 1 + clip_high]."""
+    """Above clip_low, so that rare tokens can gain probability (DAPO's clip-higher)."""
     scale_by_std: bool = True
     """Divide the centred rewards by their group's standard deviation (GRPO) or not (Dr. GRPO)."""
 
@@ -118,24 +123,30 @@ class LearnerConfig(Section):
     workers: Literal[1] = 1
     """Ray actors that share the gradient."""
     learning_rate: float = Field(3e-4, gt=0)
+    """AdamW's, in RL."""
     warmup_steps: int = Field(5, ge=0)
     """Steps of linear warm-up from 0; constant afterwards."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, decoupled from the gradient."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
     updates_per_step: int = Field(1, ge=1)
     """Optimizer steps that one batch of rollouts is cut into."""
     tokens_per_micro_batch: int = Field(8192, ge=1)
     """Token budget of one packed forward and backward pass."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for the worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
+    """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
 
 
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
     """Steps between two held-out evaluations; the first and the last step are always evaluated."""
     prompts: int = Field(64, ge=1)
+    """Held-out prompts, the same in every evaluation."""
     samples_per_prompt: int = Field(2, ge=1)
     """Completions per held-out prompt, sampled at the training temperature."""
 
@@ -153,6 +164,7 @@ class RunConfig(Section):
     architecture: Architecture = "hybrid"
     """hybrid: KDA and MLA as the preset says. mla: its full-MLA twin."""
     seed: int = Field(0, ge=0)
+    """Of initial weights, problems and sampling."""
     steps: int = Field(100, ge=1)
     """RL steps: generate, score, train, sync."""
     model: ModelConfig = ModelConfig()
@@ -183,10 +195,13 @@ class SweepConfig(Section):
     """A grid of runs: architectures x required lengths x budgets x seeds."""
 
     architectures: list[Architecture] = Field(["hybrid", "mla"], min_length=1)
+    """Models to compare."""
     required_lengths: list[Annotated[int, Field(ge=1)]] = Field([32, 64], min_length=1)
+    """Lengths of the right answer in tokens."""
     budget_ratios: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
     """Budgets as multiples of the required length; below 1 the right answer cannot be finished."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    """A run each."""
     run: RunConfig = RunConfig()
     """What all runs share."""
 
@@ -229,6 +244,16 @@ class SweepConfig(Section):
 
 
 C = TypeVar("C", RunConfig, SweepConfig)
+
+
+def describe_settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every setting below a section, in order: dotted key, default and explanation, as text."""
+    for name, field in kind.model_fields.items():
+        key = f"{prefix}{name}"
+        if _is_section(field.annotation):
+            yield from describe_settings(field.annotation, f"{key}.")
+        else:
+            yield key, str(field.default), " ".join((field.description or "").split())
 
 
 def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:

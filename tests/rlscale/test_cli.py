@@ -14,6 +14,7 @@ from kimi_linear.checkpoint import save_checkpoint
 from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale import cli
+from rlscale.config import RunConfig, SweepConfig, describe_settings
 
 RUN = "task: {name: reversal, required_length: 4}\n"
 
@@ -143,6 +144,22 @@ def test_model_prints_the_released_models_size_and_break_even(
     said = capsys.readouterr().out
     for figure in ("20 KDA + 7 MLA", "8,064", "31,104", "43,417,600", "1,884"):
         assert figure in said
+
+
+def test_settings_names_and_explains_every_setting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*describe_settings(RunConfig), *describe_settings(SweepConfig)]
+    assert {"learner.learning_rate", "rollout.max_tokens", "algorithm.clip_high", "run.steps"} <= {
+        r[0] for r in rows
+    }
+    unexplained = {key for key, _, explanation in rows if not explanation and not key.startswith("run.")}
+    assert unexplained == set()
+    monkeypatch.setattr(sys, "argv", ["rlscale", "settings"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    assert all(key in said for key, _, _ in describe_settings(RunConfig))
 
 
 def test_help_answers_without_importing_torch() -> None:
