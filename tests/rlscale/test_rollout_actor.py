@@ -136,11 +136,13 @@ def test_the_death_of_a_worker_is_one_line_that_says_which():
     config = RolloutConfig(engine="reference", workers=2, num_cpus=0.25)
     with reserve(RolloutPool.bundles(config)) as placement:
         pool = RolloutPool(EngineSpec(CONFIG, torch.float32, CONTEXT, config), placement)
-        pool.ready()
+        publisher = SharedMemoryPublisher()
+        pool.load_weights(publisher.publish(named_released_tensors(random_model()), 0))
         ray.kill(pool._workers[1])
         with pytest.raises(UserError, match=r"^rollout worker 1 of 2 died, [^\n]*$"):
             pool.generate([[5], [6]], Sampling(4))
         pool.close()
+        publisher.close()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
