@@ -192,18 +192,27 @@ else:
             assert state.dtype == torch.float32
             assert relative_error(o, reference(inputs)[0]) < 0.004
 
+    def pages(slots: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        """Random caches whose slots lie side by side in pages, with something else behind them."""
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        parts = torch.randn(slots, sum(sizes) + 5).split([*sizes, 5], dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=False)]
+
     def test_decode_step_is_the_layer_and_touches_no_other_slot() -> None:
         sequences, heads, key_dim, value_dim, width, slots = 3, 2, 16, 24, 4, 6
         channels = heads * (2 * key_dim + value_dim)
-        qkv, weight = torch.randn(sequences, channels), torch.randn(channels, width)
-        g, beta = torch.randn(sequences, heads, key_dim), torch.randn(sequences, heads)
+        weight, g = torch.randn(channels, width), torch.randn(sequences, heads, key_dim)
+        qkv, _, beta = torch.randn(sequences, channels + 3 + heads).split([channels, 3, heads], dim=1)
         a_log, dt_bias = torch.randn(heads), torch.randn(heads * key_dim)
         gate, norm = torch.randn(sequences, heads, value_dim), torch.randn(value_dim)
-        window, state = torch.randn(slots, width - 1, channels), torch.randn(slots, heads, key_dim, value_dim)
+        shapes = (width - 1, channels), (heads, key_dim, value_dim)
+        window, state = pages(slots, *shapes)
         rows = torch.tensor([4, -1, 1])
         unused = [0, 2, 3, 5]
         window[unused], state[unused] = float("nan"), float("nan")
-        new_window, new_state = window.clone(), state.clone()
+        new_window, new_state = (
+            x.copy_(y) for x, y in zip(pages(slots, *shapes), (window, state), strict=True)
+        )
         o = kda_decode_step(qkv, weight, new_window, g, beta, a_log, dt_bias, new_state, rows, gate, norm)
 
         used = [0, 2]

@@ -53,6 +53,10 @@ def decode_kernel(
     output_gate,
     norm_weight,
     o,
+    qkv_stride,
+    beta_stride,
+    window_stride,
+    state_stride,
     scale,
     eps,
     lower_bound,
@@ -78,20 +82,20 @@ def decode_kernel(
     if slot < 0:
         tl.store(o + row * V + vv, tl.zeros([VP], dtype=o.dtype.element_ty), mask=v_mask)
         return
-    state_at = state + ((slot * HV + hv) * K + kk[:, None]) * V + vv[None, :]
+    state_at = state + slot * state_stride + (hv * K + kk[:, None]) * V + vv[None, :]
     state_mask = k_mask[:, None] & v_mask[None, :]
     # The state is nearly all that moves: ask for it first, then for everything else, and store only then. A
     # store in between would hold back every load behind it, since the two might overlap.
     s = tl.load(state_at, mask=state_mask, other=0.0).to(tl.float32)
-    x = qkv + sequence.to(tl.int64) * C
-    kept = conv_state + slot * ((W - 1) * C)
+    x = qkv + sequence.to(tl.int64) * qkv_stride
+    kept = conv_state + slot * window_stride
     q_channels = hv * K + kk
     k_channels = HV * K + hv * K + kk
     v_channels = 2 * HV * K + hv * V + vv
     q_window, q_taps = load_window(x, conv_weight, kept, q_channels, k_mask, C, W, WP)
     k_window, k_taps = load_window(x, conv_weight, kept, k_channels, k_mask, C, W, WP)
     v_window, v_taps = load_window(x, conv_weight, kept, v_channels, v_mask, C, W, WP)
-    b = tl.load(beta + row).to(tl.float32)
+    b = tl.load(beta + sequence.to(tl.int64) * beta_stride + hv).to(tl.float32)
     decay = token_decay(g, row * K, kk, k_mask, hv, a_log, dt_bias, lower_bound, K, GATE)
     norm = tl.load(norm_weight + vv, mask=v_mask, other=0.0).to(tl.float32)
     gate = tl.load(output_gate + row * V + vv, mask=v_mask, other=0.0).to(tl.float32)
@@ -140,8 +144,10 @@ def kda_decode_step(
 
     Args:
         qkv: [N, HV * (2 K + V)], projections before the convolution: all heads of q, then of k, then of v.
+            Rows of qkv and beta may lie apart, as in columns of one wider projection.
         conv_weight: [HV * (2 K + V), W], the last column multiplies the newest token.
-        conv_state: [slots, W - 1, HV * (2 K + V)], earlier inputs, oldest first.
+        conv_state: [slots, W - 1, HV * (2 K + V)], earlier inputs, oldest first. Slots of either cache may
+            lie apart, as in pages that hold both.
         g: [N, HV, K], the raw gate.
         beta: [N, HV], logits.
         A_log: HV values; dt_bias: HV * K values or None.
@@ -154,7 +160,7 @@ def kda_decode_step(
         [N, HV, V] in qkv's dtype.
 
     Raises:
-        ValueError: a size that does not fit the others, or a cache that is not contiguous.
+        ValueError: a size that does not fit the others, or a cache whose slots are not each contiguous.
     """
     sequences, value_heads, key_dim = g.shape
     value_dim = norm_weight.numel()
@@ -173,15 +179,16 @@ def kda_decode_step(
     if state.shape[1:] != (value_heads, key_dim, value_dim):
         expected = f"[slots, {value_heads}, {key_dim}, {value_dim}]"
         raise ValueError(f"state must be {expected}, got {list(state.shape)}")
-    if not (state.is_contiguous() and conv_state.is_contiguous()):
-        raise ValueError("state and conv_state are advanced in place and must be contiguous")
+    if not (state[:1].is_contiguous() and conv_state[:1].is_contiguous()):
+        raise ValueError("state and conv_state are advanced in place and each slot must be contiguous")
+    qkv, beta = (x if x.stride(-1) == 1 else x.contiguous() for x in (qkv, beta))
     o = qkv.new_empty(sequences, value_heads, value_dim)
     decode_kernel[(sequences * value_heads,)](
-        qkv.contiguous(),
+        qkv,
         conv_weight.contiguous(),
         conv_state,
         g.contiguous(),
-        beta.contiguous(),
+        beta,
         A_log,
         dt_bias,
         state,
@@ -189,6 +196,10 @@ def kda_decode_step(
         output_gate.contiguous(),
         norm_weight,
         o,
+        qkv.stride(0),
+        beta.stride(0),
+        conv_state.stride(0),
+        state.stride(0),
         key_dim**-0.5 if scale is None else scale,
         eps,
         0.0 if lower_bound is None else lower_bound,
