@@ -135,14 +135,18 @@ def settings() -> None:
 
     A sweep's config holds the settings of its runs under `run`.
     """
-    from rlscale.config import RunConfig, SweepConfig, describe_settings
+    from rlscale.config import RunConfig, SweepConfig
+    from rlscale.sections import describe_settings
 
-    table = Table("setting", "default", "", box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default")
+    table.add_column("")
     axes = [row for row in describe_settings(SweepConfig) if not row[0].startswith("run.")]
     for group, rows in (("run", describe_settings(RunConfig)), ("sweep", axes)):
         table.add_row(f"[bold]{group}[/]")
         for key, default, explanation in rows:
-            table.add_row(key, escape(default), escape(explanation))
+            table.add_row(escape(key), escape(default), escape(explanation))
     Console().print(table)
 
 

@@ -1,4 +1,5 @@
-"""The one typed configuration tree. Every default lives here, next to the sentence that explains it.
+"""The one typed configuration tree. Every default lives here, next to the sentence that explains it; those of
+the algorithms are next door, in `rlscale.algorithms`.
 
 Unknown keys and impossible values are errors that name the key and the remedy. `RunConfig` describes one
 training run, `SweepConfig` a grid of runs.
@@ -11,39 +12,22 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from rlscale.algorithms import AlgorithmConfig, DrGRPOConfig, GRPOConfig
 from rlscale.errors import UserError
+from rlscale.sections import TAG, Section, locate
 
 Architecture = Literal["hybrid", "mla"]
-
-
-class Section(BaseModel):
-    """A part of the tree: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_section_is_default(cls, tree: Any) -> Any:
-        """A section whose lines are all commented out is null to YAML."""
-        if not isinstance(tree, dict):
-            return tree
-        fields = cls.model_fields
-        return {
-            key: value
-            for key, value in tree.items()
-            if value is not None or key not in fields or not _is_section(fields[key].annotation)
-        }
 
 
 class ModelConfig(Section):
     preset: Literal["tiny", "small", "48b-a3b"] = "tiny"
     """Shape of the hybrid; `architecture: mla` trains its full-MLA twin, matched in parameters."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field({})
     """Fields of the preset to replace, by their KimiLinearConfig names, e.g. {hidden_size: 256}."""
     checkpoint: Path | None = None
     """Folder in the released format to start from, instead of random weights."""
@@ -56,7 +40,7 @@ class TaskConfig(Section):
     """A task of `rlscale tasks`, or `reasoning_gym/NAME` for a reasoning-gym dataset."""
     required_length: int = Field(32, ge=1)
     """Length of the right answer in tokens. Apart from the budget, `rollout.max_tokens`."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     """The task's own knobs, as `rlscale tasks NAME` lists them."""
     reward: Literal["exact", "prefix"] = "exact"
     """exact: 1 for the right answer, else 0. prefix: the fraction of the answer that is right before the
@@ -99,24 +83,6 @@ class RolloutConfig(Section):
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
     """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
-
-
-class GRPOConfig(Section):
-    """Group Relative Policy Optimization (arXiv:2402.03300), with the token-mean loss of DAPO
-    (arXiv:2503.14476) and no KL term."""
-
-    kind: Literal["grpo"] = "grpo"
-    """Which algorithm; the keys beside it are its own."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """The importance ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-    clip_high: float = Field(0.28, gt=0)
-    """Above clip_low, so that rare tokens can gain probability (DAPO's clip-higher)."""
-    scale_by_std: bool = True
-    """Divide the centred rewards by their group's standard deviation (GRPO) or not (Dr. GRPO)."""
-
-
-# A union with one member so far: `kind` tells the members apart, so a config written today stays valid.
-AlgorithmConfig = GRPOConfig
 
 
 class LearnerConfig(Section):
@@ -190,6 +156,13 @@ class RunConfig(Section):
         """Tokens that a completion may have, end-of-sequence included."""
         return self.rollout.max_tokens or self.task.required_length + 1
 
+    @property
+    def resolved_algorithm(self) -> AlgorithmConfig:
+        """The algorithm, with the default that depends on the budget filled in."""
+        if isinstance(self.algorithm, DrGRPOConfig) and self.algorithm.divisor is None:
+            return self.algorithm.model_copy(update={"divisor": self.budget})
+        return self.algorithm
+
 
 class SweepConfig(Section):
     """A grid of runs: architectures x required lengths x budgets x seeds."""
@@ -246,16 +219,6 @@ class SweepConfig(Section):
 C = TypeVar("C", RunConfig, SweepConfig)
 
 
-def describe_settings(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every setting below a section, in order: dotted key, default and explanation, as text."""
-    for name, field in kind.model_fields.items():
-        key = f"{prefix}{name}"
-        if _is_section(field.annotation):
-            yield from describe_settings(field.annotation, f"{key}.")
-        else:
-            yield key, str(field.default), " ".join((field.description or "").split())
-
-
 def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """Reads a YAML file into `kind`, with dotted overrides such as `task.required_length=64` laid over it.
 
@@ -283,11 +246,16 @@ def parse_config(kind: type[C], tree: dict[str, Any]) -> C:
         return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        # Union members and validators add components of their own; the user knows only the keys.
-        where = ".".join(str(part) for part in first["loc"])
+        keys, section = locate(kind, first["loc"])
+        where = ".".join(keys)
         if first["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(kind, first["loc"][:-1]))
+            known = ", ".join(sorted(section.model_fields))
             raise UserError(f"unknown config key '{where}': known here are {known}") from None
+        if first["type"] == "union_tag_invalid":
+            context = first["ctx"]
+            raise UserError(
+                f"{where}.{TAG}: must be one of {context['expected_tags']} (given: {context['tag']!r})"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = f" (given: {first['input']!r})" if where else ""
         raise UserError(f"{where + ': ' if where else ''}{message}{given}") from None
@@ -327,16 +295,3 @@ _Loader.add_implicit_resolver(
 
 def _load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = kind
-    for part in location:
-        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if _is_section(annotation):
-            model = annotation
-    return sorted(model.model_fields)

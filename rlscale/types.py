@@ -34,15 +34,22 @@ class Sampling:
 class Completion:
     """One sampled completion.
 
-    `token_ids` includes the end-of-sequence token if one was drawn (`finish_reason == "stop"`).
-    `logprobs[t]` is log π(token t | prompt, tokens < t) of the policy that drew it, at the temperature it was
-    drawn with; `weight_versions[t]` says which version of the weights that policy had.
+    `token_ids` includes the end-of-sequence token if one was drawn (`finish_reason == "stop"`). `logprobs[t]`
+    is log π(token t | prompt, tokens < t) of the policy that drew it, at the temperature it was drawn with;
+    `weight_versions[t]` says which version of the weights that policy had. `forced` are the places, first and
+    one past the last, of tokens that the harness put in; they were not drawn and are not trained on.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     weight_versions: list[int]
     finish_reason: FinishReason
+    forced: tuple[int, int] | None = None
+
+    def drawn(self) -> list[int]:
+        """Places of the tokens that the policy drew."""
+        start, end = self.forced or (0, 0)
+        return [t for t in range(len(self.token_ids)) if not start <= t < end]
 
 
 @dataclass(frozen=True, slots=True)

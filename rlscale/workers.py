@@ -77,7 +77,7 @@ class Workers(AbstractContextManager["Workers"]):
         """
         name = run.path.name
         task = make_task(config.task.name, config.task.required_length, config.task.options)
-        self.learner.start(config.learner, config.algorithm, config.seed)
+        self.learner.start(config.learner, config.resolved_algorithm, config.seed)
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
             self.learner.load(checkpoint[1])

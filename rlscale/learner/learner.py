@@ -24,12 +24,15 @@ from kimi_linear.checkpoint import (
     tensor_files,
 )
 from kimi_linear.model import KimiLinearForCausalLM
-from rlscale.config import AlgorithmConfig, LearnerConfig, WarmStartConfig
+from rlscale.algorithms import AlgorithmConfig, NoCorrection
+from rlscale.config import LearnerConfig, WarmStartConfig
 from rlscale.errors import UserError
+from rlscale.learner.importance import importance_weights, mismatch_metrics
 from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.losses import PolicyTokens, policy_loss
+from rlscale.learner.metrics import Metrics, combined
 from rlscale.learner.optimizer import Optimizer
-from rlscale.learner.packing import MicroBatch, pack
+from rlscale.learner.packing import MicroBatch, MinibatchTotals, pack
 from rlscale.types import Rollout
 
 if TYPE_CHECKING:
@@ -89,7 +92,8 @@ class Learner:
     def train_step(self, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float]:
         """One RL step: `updates_per_step` optimizer steps, each on its share of the prompts.
 
-        An update whose loss or gradient is not finite is skipped: the weights stay as they are.
+        An update whose loss or gradient is not finite is skipped: the weights stay as they are. Fewer prompts
+        than updates give an update each.
 
         Args:
             rollouts: with their advantages.
@@ -97,24 +101,30 @@ class Learner:
 
         Returns:
             Means over the updates of `loss`, `grad_norm` (before clipping), `entropy` (nats a token) and what
-            the algorithm reports: `clip_fraction`, `ratio_mean`, `kl`. Before the first update, over its
-            tokens, |log-probability here - in the rollout|: `mismatch_mean`, `mismatch_max`. `learning_rate`;
-            `skipped` (updates); `tokens` (trained on, prompts included); `train_s`; `learner_tokens_per_s`.
+            the algorithm reports, see `policy_loss`. Before the first update, over its tokens, how far
+            learner and rollout are apart, see `mismatch_metrics`. `learning_rate`; `skipped` (updates);
+            `tokens` (trained on, prompts included); `train_s`; `learner_tokens_per_s`.
 
         Raises:
-            UserError: a sequence longer than `tokens_per_micro_batch`, or fewer prompts than updates.
+            UserError: a sequence longer than `tokens_per_micro_batch`.
+            ValueError: no rollouts.
         """
+        if not rollouts:
+            raise ValueError("there are no rollouts to train on")
         started = time.perf_counter()
         self._step += 1
         learning_rate = self._optimizer.learning_rate(self._step)
-        batches = [
-            pack(minibatch, self._config.tokens_per_micro_batch)
-            for minibatch in split_by_group(rollouts, self._config.updates_per_step)
+        prompts = len({rollout.group for rollout in rollouts})
+        minibatches = split_by_group(rollouts, min(self._config.updates_per_step, prompts))
+        batches = [pack(minibatch, self._config.tokens_per_micro_batch) for minibatch in minibatches]
+        olds = self._old_logprobs(batches, temperature)
+        updates = [
+            self._update(micro_batches, old, MinibatchTotals.of(minibatch), temperature, learning_rate)
+            for micro_batches, old, minibatch in zip(batches, olds, minibatches, strict=True)
         ]
-        updates = [self._update(micro_batches, temperature, learning_rate) for micro_batches in batches]
 
-        metrics = {name: fmean(update[name] for update in updates) for name in updates[0]}
-        metrics |= {name: updates[0][name] for name in ("mismatch_mean", "mismatch_max")}
+        metrics = {name: fmean(update[name] for update in updates) for name in updates[-1]}
+        metrics |= {name: value for name, value in updates[0].items() if name not in metrics}
         metrics["skipped"] = sum(update["skipped"] for update in updates)
         metrics["learning_rate"] = learning_rate
         metrics["tokens"] = sum(batch.tokens for micro_batches in batches for batch in micro_batches)
@@ -172,6 +182,10 @@ class Learner:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the checkpoint in {folder} cannot be continued: {error}") from None
 
+    @property
+    def _device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
     def _start_afresh(self) -> None:
         self.model.train()
         if self._config.gradient_checkpointing:
@@ -179,35 +193,77 @@ class Learner:
         self._optimizer = Optimizer(self.model.named_parameters(), self._config)
         self._step = 0
 
+    @torch.no_grad()
+    def _old_logprobs(
+        self, batches: Sequence[Sequence[MicroBatch]], temperature: float
+    ) -> list[list[torch.Tensor | None]]:
+        """What the ratios of each update's micro-batches are taken to, from before the first update: the
+        learner's own log-probabilities or, without a correction, the rollout's.
+
+        None for the first update, which computes its own anyway.
+        """
+
+        def old(batch: MicroBatch) -> torch.Tensor:
+            if isinstance(self._algorithm.importance, NoCorrection):
+                return batch.rollout_logprobs
+            return self._logprobs(batch.to(self._device), temperature)[0]
+
+        olds: list[list[torch.Tensor | None]] = [[None] * len(batches[0])]
+        olds += [[old(batch) for batch in micro_batches] for micro_batches in batches[1:]]
+        return olds
+
     def _update(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, learning_rate: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        old_logprobs: Sequence[torch.Tensor | None],
+        totals: MinibatchTotals,
+        temperature: float,
+        learning_rate: float,
     ) -> dict[str, float]:
         """One optimizer step on a minibatch, its gradient accumulated over the micro-batches."""
-        minibatch_tokens = sum(len(batch.targets) for batch in micro_batches)
-        device = self.model.lm_head.weight.device
-        totals: dict[str, torch.Tensor] = {}
-        mismatch_max = torch.zeros((), device=device)
+        sums: Metrics = {}
         try:
-            for batch in (batch.to(device) for batch in micro_batches):
-                logprobs, entropies = self._logprobs(batch, temperature)
-                tokens = PolicyTokens(logprobs, batch.rollout_logprobs, batch.advantages, minibatch_tokens)
-                loss, shares = policy_loss(tokens, self._algorithm)
-                loss.backward()
-                with torch.no_grad():
-                    mismatch = (logprobs - batch.rollout_logprobs).abs()
-                    mismatch_max = torch.maximum(mismatch_max, mismatch.max())
-                    shares |= {"loss": loss.detach(), "entropy": entropies.sum() / minibatch_tokens}
-                    shares |= {"mismatch_mean": mismatch.sum() / minibatch_tokens}
-                    totals = {name: totals.get(name, 0) + share for name, share in shares.items()}
-            grad_norm, stepped = self._optimizer.step(learning_rate, totals["loss"])
+            for batch, old in zip(micro_batches, old_logprobs, strict=True):
+                shares = self._backward(batch.to(self._device), old, totals, temperature)
+                sums = combined(sums, shares)
+            grad_norm, stepped = self._optimizer.step(learning_rate, sums["loss"])
         finally:
             self._optimizer.zero_grad()
-        metrics = {name: total.item() for name, total in totals.items()}
-        return metrics | {
-            "grad_norm": grad_norm,
-            "mismatch_max": mismatch_max.item(),
-            "skipped": float(not stepped),
-        }
+        metrics = {name: total.item() for name, total in sums.items()}
+        return metrics | {"grad_norm": grad_norm, "skipped": float(not stepped)}
+
+    def _backward(
+        self, batch: MicroBatch, old: torch.Tensor | None, totals: MinibatchTotals, temperature: float
+    ) -> Metrics:
+        """Adds a micro-batch's share of the minibatch's gradient; returns its shares of loss and metrics."""
+        logprobs, entropies = self._logprobs(batch, temperature)
+        correction = self._algorithm.importance
+        now = logprobs.detach()
+        if isinstance(correction, NoCorrection):
+            reference, weights = batch.rollout_logprobs, torch.ones_like(now)
+        else:
+            reference = now if old is None else old.to(now.device)
+            weights = importance_weights(reference, batch.rollout_logprobs, batch.lengths, correction)
+        prompt_tokens = torch.tensor([totals.group_tokens[group] for group in batch.groups]).to(now)
+        tokens = PolicyTokens(
+            logprobs,
+            reference,
+            weights,
+            batch.advantages,
+            batch.lengths,
+            prompt_tokens,
+            totals.tokens,
+            totals.sequences,
+            len(totals.group_tokens),
+        )
+        loss, shares = policy_loss(tokens, self._algorithm)
+        loss.backward()
+        shares |= {"loss": loss.detach(), "entropy": entropies.sum() / totals.tokens}
+        if old is None:
+            shares |= mismatch_metrics(
+                now, batch.rollout_logprobs, batch.lengths, correction, totals.tokens, totals.sequences
+            )
+        return shares
 
     def _logprobs(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [N] with gradient and entropies [N] of a micro-batch's completion tokens."""

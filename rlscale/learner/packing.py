@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +25,8 @@ class MicroBatch:
         targets: [N] int64, the completion tokens.
         rollout_logprobs: [N] float32, their log-probabilities under the policy that drew them.
         advantages: [N] float32, the advantage of their rollouts.
+        lengths: [S] int64, how many of the N tokens each sequence has; they lie one sequence after the other.
+        groups: for each sequence, the group of its rollout.
         rollouts: for each sequence, its index in the list that was packed.
     """
 
@@ -33,6 +36,8 @@ class MicroBatch:
     targets: torch.Tensor
     rollout_logprobs: torch.Tensor
     advantages: torch.Tensor
+    lengths: torch.Tensor
+    groups: list[int]
     rollouts: list[int]
 
     @property
@@ -41,15 +46,38 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.cu_seqlens.to(device),
-            self.predictors.to(device),
-            self.targets.to(device),
-            self.rollout_logprobs.to(device),
-            self.advantages.to(device),
-            self.rollouts,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+            rollout_logprobs=self.rollout_logprobs.to(device),
+            advantages=self.advantages.to(device),
+            lengths=self.lengths.to(device),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MinibatchTotals:
+    """What the means of a loss are taken over: counts of a whole minibatch, however it is cut and shared.
+
+    Attributes:
+        tokens: drawn completion tokens.
+        sequences: completions.
+        group_tokens: drawn completion tokens of each group, that is of each prompt.
+    """
+
+    tokens: int
+    sequences: int
+    group_tokens: Mapping[int, int]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> MinibatchTotals:
+        group_tokens: Counter[int] = Counter()
+        for rollout in rollouts:
+            group_tokens[rollout.group] += len(rollout.completion.drawn())
+        return cls(group_tokens.total(), len(rollouts), group_tokens)
 
 
 def pack(rollouts: Sequence[Rollout], tokens_per_micro_batch: int) -> list[MicroBatch]:
@@ -89,7 +117,7 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 def _packed_length(rollout: Rollout) -> int:
     tokens, logprobs = rollout.completion.token_ids, rollout.completion.logprobs
-    if not rollout.prompt_ids or not tokens:
+    if not rollout.prompt_ids or not rollout.completion.drawn():
         empty = "completion" if rollout.prompt_ids else "prompt"
         raise ValueError(
             f"a rollout of group {rollout.group} has an empty {empty}: there is nothing to learn"
@@ -109,22 +137,26 @@ def _micro_batch(rollouts: Sequence[Rollout], chosen: list[int]) -> MicroBatch:
     targets: list[int] = []
     rollout_logprobs: list[float] = []
     advantages: list[float] = []
+    lengths: list[int] = []
     for rollout in (rollouts[i] for i in chosen):
-        completion = rollout.completion
+        completion, drawn = rollout.completion, rollout.completion.drawn()
         first = len(input_ids) + len(rollout.prompt_ids) - 1  # the prompt's last token predicts the first
         input_ids += rollout.prompt_ids
         input_ids += completion.token_ids[:-1]
         boundaries.append(len(input_ids))
-        predictors += range(first, first + len(completion.token_ids))
-        targets += completion.token_ids
-        rollout_logprobs += completion.logprobs
-        advantages += [rollout.advantage] * len(completion.token_ids)
+        predictors += [first + t for t in drawn]
+        targets += [completion.token_ids[t] for t in drawn]
+        rollout_logprobs += [completion.logprobs[t] for t in drawn]
+        advantages += [rollout.advantage] * len(drawn)
+        lengths.append(len(drawn))
     return MicroBatch(
-        torch.tensor([input_ids]),
-        torch.tensor(boundaries, dtype=torch.int32),
-        torch.tensor(predictors),
-        torch.tensor(targets),
-        torch.tensor(rollout_logprobs),
-        torch.tensor(advantages),
-        chosen,
+        input_ids=torch.tensor([input_ids]),
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor(targets),
+        rollout_logprobs=torch.tensor(rollout_logprobs),
+        advantages=torch.tensor(advantages),
+        lengths=torch.tensor(lengths),
+        groups=[rollouts[i].group for i in chosen],
+        rollouts=chosen,
     )

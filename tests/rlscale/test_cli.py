@@ -14,7 +14,8 @@ from kimi_linear.checkpoint import save_checkpoint
 from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale import cli
-from rlscale.config import RunConfig, SweepConfig, describe_settings
+from rlscale.config import RunConfig, SweepConfig
+from rlscale.sections import describe_settings
 
 RUN = "task: {name: reversal, required_length: 4}\n"
 

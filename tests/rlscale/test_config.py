@@ -12,8 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlscale.config import GRPOConfig, RunConfig, SweepConfig, load_config, parse_config
+from rlscale.algorithms import Correction, GRPOConfig, NoCorrection, SelectionConfig
+from rlscale.config import RunConfig, SweepConfig, load_config, parse_config
 from rlscale.errors import UserError
+from rlscale.sections import describe_settings, sections
 
 
 def load(tmp_path: Path, kind: Any, text: str, *overrides: str) -> Any:
@@ -32,6 +34,39 @@ def test_a_section_with_all_its_lines_commented_out_keeps_its_defaults(tmp_path:
     assert config.learner == RunConfig().learner
     assert config.task.required_length == 7
     assert load(tmp_path, SweepConfig, "run:\n  algorithm:\n").run.algorithm == GRPOConfig()
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_members_defaults(tmp_path: Path) -> None:
+    def algorithm(text: str, *overrides: str) -> Any:
+        return load(tmp_path, RunConfig, f"algorithm: {text}", *overrides).algorithm
+
+    # A config from before there was a choice names no kind, or the one there was.
+    assert (
+        algorithm("{clip_low: 0.1}") == algorithm("{kind: grpo, clip_low: 0.1}") == GRPOConfig(clip_low=0.1)
+    )
+    assert algorithm("{kind: dapo, selection: {max_draws: 3}}").selection == SelectionConfig(
+        equal_rewards="redraw", overlong_buffer=0.2, max_draws=3
+    )
+    assert algorithm("{kind: scalerl}", "algorithm.selection.retire_pass_rate=null").selection == (
+        SelectionConfig(equal_rewards="drop", retire_pass_rate=None)
+    )
+    assert algorithm("{importance: {level: sequence}}").importance == Correction(level="sequence")
+    assert algorithm("{importance: {kind: none}}").importance == NoCorrection()
+    assert algorithm("{kind: cispo, importance: {kind: mask}}").importance == Correction(kind="mask")
+    assert algorithm("{kind: gspo, importance: }").importance == Correction()
+
+
+@pytest.mark.parametrize("member", sections(RunConfig.model_fields["algorithm"].annotation))
+def test_every_algorithm_survives_yaml_and_lists_its_settings(member: type[Any]) -> None:
+    config = RunConfig(algorithm=member())
+    assert parse_config(RunConfig, yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    rows = [row for row in describe_settings(RunConfig) if row[0].startswith("algorithm")]
+    header = [row[0] for row in rows].index(f"algorithm.kind={member().kind}")
+    following = {key for key, _, _ in rows[header : header + 40]}
+    own = {f"algorithm.{name}" for name in member.model_fields} - {
+        f"algorithm.{name}" for name in ("kind", "importance", "selection", "interruption", "ptx")
+    }
+    assert own <= following
 
 
 def test_overrides_lie_over_the_file_in_their_order(tmp_path: Path) -> None:
@@ -58,7 +93,28 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
         (
             RunConfig,
             "algorithm: {kl: 1}",
-            r"'algorithm\.kl': known here are clip_high, clip_low, kind, scale",
+            r"'algorithm\.kl': known here are clip_high, clip_low, importance, interruption, kind, mean, sc",
+        ),
+        (RunConfig, "algorithm: {kind: ppo}", r"algorithm\.kind: must be one of 'grpo', .*\(given: 'ppo'\)"),
+        (
+            RunConfig,
+            "algorithm: {kind: gspo, tau: 1}",
+            r"'algorithm\.tau': known here are clip_high, clip_low",
+        ),
+        (
+            RunConfig,
+            "algorithm: {kind: dapo, selection: {drop: 1}}",
+            r"'algorithm\.selection\.drop': known here are equal_rewards, max_draws, overlong",
+        ),
+        (
+            RunConfig,
+            "algorithm: {kind: cispo, importance: {high: 2}}",
+            r"'algorithm\.importance\.high': known here are kind",
+        ),
+        (
+            SweepConfig,
+            "run: {algorithm: {importance: {kind: mask, high: 0.5}}}",
+            r"^run\.algorithm\.importance\.high: .* equal to 1 \(given: 0\.5\)",
         ),
         (RunConfig, "architecture: gdn", r"architecture: .*'hybrid' or 'mla' \(given: 'gdn'\)"),
         (RunConfig, "task: {required_length: 0}", r"task\.required_length: .* or equal to 1 \(given: 0\)"),
@@ -186,3 +242,19 @@ def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
         config.steps = 7  # type: ignore[misc]
     with pytest.raises(ValueError, match="frozen"):
         config.task.required_length = 7  # type: ignore[misc]
+
+
+def test_the_list_of_settings_shows_a_members_own_defaults() -> None:
+    def defaults_of(kind: str, key: str) -> set[str]:
+        rows = [*describe_settings(RunConfig)]
+        first = [row[0] for row in rows].index(f"algorithm.kind={kind}") + 1
+        end = next(
+            (i for i in range(first, len(rows)) if rows[i][0].startswith("algorithm.kind=")), len(rows)
+        )
+        return {default for name, default, _ in rows[first:end] if name == key}
+
+    assert defaults_of("grpo", "algorithm.selection.equal_rewards") == {"keep"}
+    assert defaults_of("dapo", "algorithm.selection.equal_rewards") == {"redraw"}
+    assert defaults_of("scalerl", "algorithm.selection.retire_pass_rate") == {"0.9"}
+    assert defaults_of("grpo", "algorithm.importance.kind=truncate|mask") == {"truncate"}
+    assert defaults_of("cispo", "algorithm.importance.kind=none") == {"none"}

@@ -15,13 +15,25 @@ from transformers import KimiLinearConfig
 
 from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
-from rlscale.config import GRPOConfig, LearnerConfig, WarmStartConfig
+from rlscale.algorithms import (
+    AlgorithmConfig,
+    Correction,
+    DrGRPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    MirrorDescentConfig,
+    NoCorrection,
+    RLOOConfig,
+    ScaleRLConfig,
+)
+from rlscale.config import LearnerConfig, WarmStartConfig
 from rlscale.errors import UserError
 from rlscale.learner.actor import LearnerGroup, LearnerWorker
 from rlscale.learner.learner import Learner, LearnerSpec, split_by_group
 from rlscale.learner.logprobs import token_logprobs
-from rlscale.learner.losses import PolicyTokens, grpo_loss
+from rlscale.learner.losses import PolicyTokens, policy_loss
 from rlscale.learner.optimizer import Optimizer
+from rlscale.learner.packing import MinibatchTotals
 from rlscale.learner.warm_start import WarmStartReport
 from rlscale.types import Completion, Rollout
 
@@ -56,8 +68,11 @@ def learner(
     config: LearnerConfig | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    algorithm: AlgorithmConfig | None = None,
 ) -> Learner:
-    return LearnerSpec(model or shape(), dtype).build(config or LearnerConfig(), GRPOConfig(), seed)
+    return LearnerSpec(model or shape(), dtype).build(
+        config or LearnerConfig(), algorithm or GRPOConfig(), seed
+    )
 
 
 def draw_rollouts(seed: int, groups: int = 4, samples: int = 3) -> list[Rollout]:
@@ -119,30 +134,64 @@ def test_logprobs_stay_finite_for_logits_that_underflow_the_softmax() -> None:
     assert hidden.grad.tolist() == [[0.0], [2.0]]
 
 
+def unpacked_tokens(
+    model: KimiLinearForCausalLM, rollouts: list[Rollout], temperature: float, correction: Correction | None
+) -> PolicyTokens:
+    """What the loss should be given, computed without packing, the learner before its first update."""
+    logprobs = torch.cat([plain_logprobs(model, rollout, temperature) for rollout in rollouts])
+    drawn = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
+    lengths = torch.tensor([len(r.completion.token_ids) for r in rollouts])
+    totals = MinibatchTotals.of(rollouts)
+    now = logprobs.detach()
+    ratio = (now - drawn).exp()
+    return PolicyTokens(
+        logprobs=logprobs,
+        old_logprobs=now if correction else drawn,
+        weights=ratio.clamp(max=correction.high) if correction else torch.ones_like(ratio),
+        advantages=torch.tensor([r.advantage for r in rollouts]).repeat_interleave(lengths),
+        lengths=lengths,
+        prompt_tokens=torch.tensor([totals.group_tokens[r.group] for r in rollouts]),
+        minibatch_tokens=totals.tokens,
+        minibatch_sequences=totals.sequences,
+        minibatch_prompts=len(totals.group_tokens),
+    )
+
+
 @pytest.mark.parametrize(
-    "model", [shape(), shape("mla"), shape(experts=True)], ids=["hybrid", "mla", "experts"]
+    ("model", "algorithm"),
+    [
+        (shape(), GRPOConfig(importance=NoCorrection())),
+        (shape("mla"), GRPOConfig(importance=Correction(high=1.2))),
+        (shape(experts=True), ScaleRLConfig()),
+        (shape(), GSPOConfig(importance=NoCorrection(), clip_low=0.05, clip_high=0.05)),
+        (shape("mla"), MirrorDescentConfig()),
+    ],
+    ids=["hybrid-grpo", "mla-truncated", "experts-scalerl", "hybrid-gspo", "mla-mirror"],
 )
-def test_the_first_update_follows_the_gradient_of_unpacked_sequences(model: KimiLinearConfig) -> None:
+def test_the_first_update_follows_the_gradient_of_unpacked_sequences(
+    model: KimiLinearConfig, algorithm: AlgorithmConfig
+) -> None:
     """Loss, metrics and every weight after one AdamW step against a padded-free, packing-free computation."""
     rollouts = draw_rollouts(seed=random.randrange(1 << 30))
     config = LearnerConfig(tokens_per_micro_batch=60, warmup_steps=0, max_grad_norm=0.5)
-    ours, reference = learner(model, config), learner(model, config).model
+    ours, reference = learner(model, config, algorithm=algorithm), learner(model, config).model
     metrics = ours.train_step(rollouts, temperature=0.8)
 
     parameters = list(reference.parameters())
-    logprobs = torch.cat([plain_logprobs(reference, rollout, 0.8) for rollout in rollouts])
-    drawn = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
-    advantages = torch.tensor([r.advantage for r in rollouts for _ in r.completion.token_ids])
-    loss, expected = grpo_loss(PolicyTokens(logprobs, drawn, advantages, len(drawn)), 0.2, 0.28)
+    correction = algorithm.importance if isinstance(algorithm.importance, Correction) else None
+    tokens = unpacked_tokens(reference, rollouts, 0.8, correction)
+    loss, expected = policy_loss(tokens, algorithm)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-    mismatch = (logprobs - drawn).abs()
-    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    drawn = torch.tensor([p for r in rollouts for p in r.completion.logprobs])
+    log_ratio = tokens.logprobs.detach() - drawn
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    assert metrics["clip_fraction"] == pytest.approx(expected["clip_fraction"].item())
-    assert metrics["kl"] == pytest.approx(expected["kl"].item(), rel=1e-4)
-    assert metrics["mismatch_mean"] == pytest.approx(mismatch.mean().item(), rel=1e-4)
-    assert metrics["mismatch_max"] == pytest.approx(mismatch.max().item(), rel=1e-4)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-9), name
+    assert metrics["mismatch_mean"] == pytest.approx(log_ratio.abs().mean().item(), rel=1e-4)
+    assert metrics["mismatch_max"] == pytest.approx(log_ratio.abs().max().item(), rel=1e-4)
+    assert metrics["importance_mean"] == pytest.approx(log_ratio.exp().mean().item(), rel=1e-4)
     assert metrics["tokens"] == sum(len(r.prompt_ids) + len(r.completion.token_ids) - 1 for r in rollouts)
     assert metrics["skipped"] == 0
 
@@ -157,9 +206,18 @@ def test_the_first_update_follows_the_gradient_of_unpacked_sequences(model: Kimi
             )
 
 
-@pytest.mark.parametrize("architecture", ["hybrid", "mla"])
+@pytest.mark.parametrize(
+    ("architecture", "algorithm"),
+    [
+        ("hybrid", GRPOConfig()),
+        ("mla", ScaleRLConfig()),
+        ("mla", GSPOConfig()),
+        ("mla", RLOOConfig(importance=Correction(level="sequence"))),
+        ("mla", DrGRPOConfig(divisor=20)),
+    ],
+)
 def test_gradients_do_not_depend_on_the_micro_batches(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, algorithm: AlgorithmConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradients: list[dict[str, torch.Tensor]] = []
 
@@ -171,7 +229,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(
     rollouts = draw_rollouts(seed=random.randrange(1 << 30))
     for budget in (1000, 64, 29):
         config = LearnerConfig(tokens_per_micro_batch=budget)
-        learner(shape(architecture), config).train_step(rollouts, temperature=1.0)
+        learner(shape(architecture), config, algorithm=algorithm).train_step(rollouts, temperature=1.0)
     assert len(gradients[0]) == len(gradients[1])
     for name, gradient in gradients[0].items():
         for other in gradients[1:]:
@@ -260,16 +318,66 @@ def test_updates_share_the_prompts_of_a_step() -> None:
         split_by_group(rollouts, 6)
 
 
-def test_a_step_of_two_updates_is_two_steps_of_one_but_for_the_warm_up() -> None:
+def test_without_a_correction_two_updates_are_two_steps_of_one_but_for_the_warm_up() -> None:
     rollouts = draw_rollouts(seed=8)
-    once = learner(config=LearnerConfig(updates_per_step=2, warmup_steps=0))
-    twice = learner(config=LearnerConfig(warmup_steps=0))
+    uncorrected = GRPOConfig(importance=NoCorrection())
+    once = learner(config=LearnerConfig(updates_per_step=2, warmup_steps=0), algorithm=uncorrected)
+    twice = learner(config=LearnerConfig(warmup_steps=0), algorithm=uncorrected)
     metrics = once.train_step(rollouts, temperature=1.0)
     first, second = (twice.train_step(part, temperature=1.0) for part in split_by_group(rollouts, 2))
     torch.testing.assert_close(weights(once), weights(twice), rtol=0, atol=0)
     assert metrics["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
     assert metrics["mismatch_max"] == first["mismatch_max"]
     assert metrics["tokens"] == first["tokens"] + second["tokens"]
+
+
+def test_a_later_update_takes_its_ratios_to_the_policy_before_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rollouts = draw_rollouts(seed=18, groups=4)
+    ours = learner(config=LearnerConfig(updates_per_step=2, warmup_steps=0, learning_rate=0.01))
+    before = [plain_logprobs(ours.model, rollout, 1.0).detach() for rollout in rollouts[6:]]
+    seen: list[PolicyTokens] = []
+
+    def watched(tokens: PolicyTokens, algorithm: AlgorithmConfig) -> object:
+        seen.append(tokens)
+        return policy_loss(tokens, algorithm)
+
+    monkeypatch.setattr("rlscale.learner.learner.policy_loss", watched)
+    metrics = ours.train_step(rollouts, temperature=1.0)
+    assert torch.equal(seen[0].logprobs, seen[0].old_logprobs)
+    torch.testing.assert_close(seen[1].old_logprobs, torch.cat(before), rtol=0, atol=1e-5)
+    drawn = torch.tensor([p for r in rollouts[6:] for p in r.completion.logprobs])
+    torch.testing.assert_close(seen[1].weights, (torch.cat(before) - drawn).exp().clamp(max=2.0))
+    assert (seen[1].logprobs - seen[1].old_logprobs).abs().max() > 1e-3
+    assert metrics["kl"] > 0
+
+
+def test_fewer_prompts_than_updates_give_an_update_each_and_none_is_an_error() -> None:
+    ours = learner(config=LearnerConfig(updates_per_step=4, warmup_steps=0))
+    steps: list[float] = []
+    step = ours._optimizer.step
+    ours._optimizer.step = lambda rate, loss: steps.append(rate) or step(rate, loss)  # type: ignore[method-assign]
+    ours.train_step(draw_rollouts(seed=9, groups=3), temperature=1.0)
+    assert len(steps) == 3
+    with pytest.raises(ValueError, match="no rollouts"):
+        ours.train_step([], temperature=1.0)
+
+
+def test_forced_tokens_are_read_and_not_trained_on() -> None:
+    plain, forced = (
+        draw_rollouts(seed=10, groups=1, samples=1)[0],
+        draw_rollouts(seed=10, groups=1, samples=1)[0],
+    )
+    n = len(plain.completion.token_ids)
+    forced.completion = replace(
+        forced.completion,
+        token_ids=[*forced.completion.token_ids, 5, 6],
+        logprobs=[*forced.completion.logprobs, -99.0, -99.0],
+        forced=(n, n + 2),
+    )
+    losses = [learner().train_step([rollout], temperature=1.0)["loss"] for rollout in (plain, forced)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_a_seed_gives_the_same_learner_and_the_same_steps_and_another_seed_another() -> None:

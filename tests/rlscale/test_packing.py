@@ -10,20 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlscale.errors import UserError
-from rlscale.learner.packing import first_fit_decreasing, pack
+from rlscale.learner.packing import MinibatchTotals, first_fit_decreasing, pack
 from rlscale.types import Completion, Rollout
 
 
 @st.composite
 def rollout_lists(draw: st.DrawFn) -> list[Rollout]:
-    """Rollouts whose tokens are all different numbers, so that none can be taken for another."""
+    """Rollouts whose tokens are all different numbers, so that none can be taken for another; tokens in the
+    midst of some were forced."""
     shapes = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=25))
     number = itertools.count()
     rollouts = []
     for group, (prompt, completion) in enumerate(shapes):
         prompt_ids = [next(number) for _ in range(prompt)]
         token_ids = [next(number) for _ in range(completion)]
-        sampled = Completion(token_ids, [-t / 64 for t in token_ids], [0] * completion, "stop")
+        forced = draw(st.none() | st.tuples(st.integers(1, completion), st.integers(1, completion)))
+        sampled = Completion(token_ids, [-t / 64 for t in token_ids], [0] * completion, "stop", forced)
         rollouts.append(Rollout(prompt_ids, sampled, 0.0, group, advantage=group - 3.5))
     return rollouts
 
@@ -44,18 +46,23 @@ def test_packing_loses_nothing_repeats_nothing_and_tells_the_order(
         assert boundaries[-1] == batch.tokens
         row = batch.input_ids[0].tolist()
         at = 0
-        for i, (start, end) in zip(batch.rollouts, itertools.pairwise(boundaries), strict=True):
-            rollout, n = rollouts[i], len(rollouts[i].completion.token_ids)
+        for place, (i, (start, end)) in enumerate(
+            zip(batch.rollouts, itertools.pairwise(boundaries), strict=True)
+        ):
+            rollout, drawn = rollouts[i], rollouts[i].completion.drawn()
+            n = len(drawn)
+            assert batch.groups[place] == rollout.group
+            assert batch.lengths[place] == n
             assert row[start:end] == (rollout.prompt_ids + rollout.completion.token_ids)[:-1]
             tokens = slice(at, at + n)
-            assert batch.targets[tokens].tolist() == rollout.completion.token_ids
-            assert batch.rollout_logprobs[tokens].tolist() == rollout.completion.logprobs
+            assert batch.targets[tokens].tolist() == [rollout.completion.token_ids[t] for t in drawn]
+            assert batch.rollout_logprobs[tokens].tolist() == [rollout.completion.logprobs[t] for t in drawn]
             assert batch.advantages[tokens].tolist() == [rollout.advantage] * n
             # What predicts a token is the place of the token before it, inside the same sequence.
             predecessors = [rollout.prompt_ids[-1], *rollout.completion.token_ids[:-1]]
-            places = batch.predictors[tokens].tolist()
-            assert [row[place] for place in places] == predecessors
-            assert all(start <= place < end for place in places)
+            predictors = batch.predictors[tokens].tolist()
+            assert [row[predictor] for predictor in predictors] == [predecessors[t] for t in drawn]
+            assert all(start <= predictor < end for predictor in predictors)
             at += n
         assert at == len(batch.targets) == len(batch.predictors)
 
@@ -105,3 +112,17 @@ def test_a_completion_without_a_logprob_per_token_is_refused() -> None:
     broken.completion.logprobs.pop()
     with pytest.raises(ValueError, match="group 9 has 3 completion tokens but 2 log-probabilities"):
         pack([broken], 100)
+
+
+def test_totals_count_the_drawn_tokens_of_the_whole_minibatch() -> None:
+    rollouts = [rollout(2, 3), rollout(2, 5), rollout(4, 1)]
+    rollouts[1].completion.forced = (1, 3)
+    rollouts[2].group = 4
+    assert MinibatchTotals.of(rollouts) == MinibatchTotals(7, 3, {9: 6, 4: 1})
+
+
+def test_a_completion_of_forced_tokens_alone_is_refused() -> None:
+    forced = rollout(2, 3)
+    forced.completion.forced = (0, 3)
+    with pytest.raises(ValueError, match="group 9 has an empty completion"):
+        pack([forced], 100)
