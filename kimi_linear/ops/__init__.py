@@ -2,6 +2,7 @@
 
 from kimi_linear.ops.arguments import kda_gate, l2_normalize
 from kimi_linear.ops.conv import convolution_state, convolution_step, short_convolution
+from kimi_linear.ops.decode import kda_decode_step
 from kimi_linear.ops.dispatch import chunk_kda, fused_recurrent_kda
 from kimi_linear.ops.reference import recurrent_step
 
@@ -10,6 +11,7 @@ __all__ = [
     "convolution_state",
     "convolution_step",
     "fused_recurrent_kda",
+    "kda_decode_step",
     "kda_gate",
     "l2_normalize",
     "recurrent_step",

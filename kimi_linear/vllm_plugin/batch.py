@@ -11,7 +11,9 @@ class BatchSplit:
     """One engine step. Tokens of all sequences lie back to back, sequences of one token first.
 
     Attributes:
-        num_decodes: sequences, and so tokens, in the decode part.
+        num_decodes: sequences, and so tokens, in the decode part, those included that only fill up a CUDA
+            graph and have no token.
+        num_sequences: sequences that have a token.
         cu_seqlens: [P + 1] int64 on the host, boundaries of the P prefilling sequences, counted from the
             first token after the decode part.
         lengths: [N] int64 on the host, tokens of each sequence after this step, the decode part first.
@@ -19,6 +21,7 @@ class BatchSplit:
     """
 
     num_decodes: int
+    num_sequences: int
     cu_seqlens: torch.Tensor
     lengths: torch.Tensor
     fresh: torch.Tensor
@@ -38,5 +41,14 @@ def split_batch(common: CommonAttentionMetadata) -> BatchSplit:
     num_decodes = common.num_reqs
     if common.max_query_len > 1:
         num_decodes = int((queries > 1).int().argmax())
-    fresh = (lengths == queries).nonzero().squeeze(1)
-    return BatchSplit(num_decodes, starts[num_decodes:] - starts[num_decodes], lengths, fresh)
+    fresh = (lengths == queries) & (queries > 0)
+    if common.is_prefilling is not None:
+        # The batches that CUDA graphs are captured with have no earlier token either, yet begin nothing.
+        fresh &= common.is_prefilling[: common.num_reqs]
+    return BatchSplit(
+        num_decodes,
+        int((queries > 0).sum()),
+        starts[num_decodes:] - starts[num_decodes],
+        lengths,
+        fresh.nonzero().squeeze(1),
+    )

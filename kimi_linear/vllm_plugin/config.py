@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import KimiLinearConfig
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
@@ -66,6 +68,8 @@ class EngineChecks(VerifyAndUpdateConfig):
         check_model(config)
         if not current_platform.is_cpu():
             check_gpu_latent_size(config.kv_lora_rank, config.qk_rope_head_dim)
+            if model_config.dtype == torch.float32:
+                raise ValueError("dtype=float32 has no MLA kernel on a GPU: use bfloat16")
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -82,6 +86,25 @@ class EngineChecks(VerifyAndUpdateConfig):
             )
         if current_platform.is_cpu():
             describe_latent_cache_as_one_head(model_config)
+        elif not model_config.enforce_eager:
+            capture_decoding(vllm_config)
+
+
+def capture_decoding(vllm_config: "VllmConfig") -> None:
+    """Decode by CUDA graphs of the whole model, and compile nothing: its kernels are fused already.
+
+    Captured are the batch sizes that vLLM itself would take, and `max_num_seqs`, so that no batch of decoding
+    sequences is without a graph. Batches with prefills run kernel by kernel.
+    """
+    compilation = vllm_config.compilation_config
+    if compilation.mode is None:
+        compilation.mode = CompilationMode.NONE
+    if compilation.cudagraph_mode is None:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    if compilation.cudagraph_capture_sizes is None and compilation.max_cudagraph_capture_size is None:
+        most = vllm_config.scheduler_config.max_num_seqs
+        sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most, 16)]
+        compilation.cudagraph_capture_sizes = [*(size for size in sizes if size < most), most]
 
 
 def describe_latent_cache_as_one_head(model_config: "ModelConfig") -> None:

@@ -1,21 +1,23 @@
-"""Kimi Delta Attention for vLLM: a recurrent and a convolution state per sequence, in vLLM's cache pages."""
+"""Kimi Delta Attention for vLLM: a recurrent and a convolution state per sequence, in vLLM's cache pages.
+
+Decoding runs inside CUDA graphs: whatever changes from step to step stands in buffers that keep their place,
+and one kernel does all that lies between a layer's projections.
+"""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import KimiLinearConfig
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImplBase,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -24,15 +26,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from kimi_linear.ops import (
-    chunk_kda,
-    convolution_state,
-    convolution_step,
-    fused_recurrent_kda,
-    short_convolution,
-)
+from kimi_linear.layers.norm import GatedRMSNorm
+from kimi_linear.ops import chunk_kda, convolution_state, kda_decode_step, short_convolution
 from kimi_linear.vllm_plugin.batch import BatchSplit, split_batch
 from kimi_linear.vllm_plugin.weights import Part, WeightParts, keep_weights_in_place, new_parameter
+
+# Matrix products are fastest, and rows of their results aligned, where widths are multiples of this.
+WIDTH_MULTIPLE = 16
+NO_SLOT = -1
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,20 @@ class DeltaMetadata(AttentionMetadata):
 
     Attributes:
         split: which tokens decode and which prefill.
-        slots: [N] int64, the cache slot of every sequence, the decode part first.
+        slots: [N] int32, the cache slot of every sequence, the decode part first; -1 for the rows that only
+            fill up a CUDA graph.
+        cu_seqlens: [P + 1] on the device, as `split` has it on the host.
     """
 
     split: BatchSplit
     slots: torch.Tensor
+    cu_seqlens: torch.Tensor
 
 
 class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
     """Builds `DeltaMetadata`; groups of layers differ in the slots alone."""
 
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold: int = 1
     supports_update_block_table: bool = True
 
@@ -62,6 +67,9 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        most = vllm_config.scheduler_config.max_num_seqs
+        # A captured graph reads the slots where they were when it was captured.
+        self.slots = torch.full((most,), NO_SLOT, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -69,8 +77,11 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
-        slots = common_attn_metadata.block_table_tensor[: common_attn_metadata.num_reqs, 0].long()
-        return DeltaMetadata(split_batch(common_attn_metadata), slots)
+        split = split_batch(common_attn_metadata)
+        starts = common_attn_metadata.query_start_loc[split.num_decodes : common_attn_metadata.num_reqs + 1]
+        return DeltaMetadata(
+            split, self.fill_slots(common_attn_metadata.block_table_tensor, split), starts - starts[0]
+        )
 
     def update_block_table(
         self,
@@ -78,7 +89,13 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         blk_table: torch.Tensor,
         slot_mapping: torch.Tensor,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
-        return replace(metadata, slots=blk_table[: len(metadata.slots), 0].long())
+        return replace(metadata, slots=self.fill_slots(blk_table, metadata.split))
+
+    def fill_slots(self, block_table: torch.Tensor, split: BatchSplit) -> torch.Tensor:
+        slots = self.slots[: len(split.lengths)]
+        slots[: split.num_sequences].copy_(block_table[: split.num_sequences, 0])
+        slots[split.num_sequences :].fill_(NO_SLOT)
+        return slots
 
 
 class DeltaBackend(AttentionBackend):
@@ -107,64 +124,73 @@ def state_shapes(config: KimiLinearConfig) -> tuple[tuple[int, int], tuple[int, 
     return (config.linear_conv_kernel_dim - 1, 3 * heads * dim), (heads, dim, dim)
 
 
-def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The convolution's inputs in the model's dtype; S in float32 whatever the model's."""
-    return dtype, torch.float32
+def state_dtypes(dtype: torch.dtype, cache: CacheConfig) -> tuple[torch.dtype, torch.dtype]:
+    """dtypes of the convolution's inputs and of S.
+
+    The model's dtype and float32, unless vLLM's settings `mamba_cache_dtype` and `mamba_ssm_cache_dtype` say
+    otherwise.
+    """
+    chosen = cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+    defaults = dtype, torch.float32
+    convolution, state = (
+        default if name == "auto" else STR_DTYPE_TO_TORCH_DTYPE[name]
+        for name, default in zip(chosen, defaults, strict=True)
+    )
+    return convolution, state
 
 
 class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
-    """One KDA layer (arXiv:2510.26692): projections, convolution, gated delta rule, gated norm, output."""
+    """One KDA layer (arXiv:2510.26692): projections, convolution, gated delta rule, gated norm, output.
+
+    Its input passes one matrix product, which gives q, k, v, the narrow halves of both gates and beta; a
+    batched product widens the gates.
+    """
 
     kv_cache: tuple[torch.Tensor, torch.Tensor]
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.heads, self.dim = config.linear_num_heads, config.linear_head_dim
-        self.eps = config.rms_norm_eps
         self.prefix = prefix
         self.shapes = state_shapes(config)
-        self.dtypes = state_dtypes(vllm_config.model_config.dtype)
+        self.dtypes = state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
         hidden, inner, width = config.hidden_size, self.heads * self.dim, config.linear_conv_kernel_dim
 
         quant = vllm_config.quant_config
-        self.qkvb_proj = MergedColumnParallelLinear(
+        widths = [inner, inner, inner, self.dim, self.dim, self.heads]
+        if padding := -sum(widths) % WIDTH_MULTIPLE:
+            widths.append(padding)
+        self.in_proj = MergedColumnParallelLinear(
             hidden,
-            [inner, inner, inner, self.heads],
+            widths,
             bias=False,
             quant_config=quant,
-            prefix=f"{prefix}.qkvb_proj",
+            prefix=f"{prefix}.in_proj",
         )
-        self.fg_a_proj = MergedColumnParallelLinear(
-            hidden, [self.dim, self.dim], bias=False, quant_config=quant, prefix=f"{prefix}.fg_a_proj"
-        )
-        self.f_b_proj = ColumnParallelLinear(
-            self.dim, inner, bias=False, quant_config=quant, prefix=f"{prefix}.f_b_proj"
-        )
-        self.g_b_proj = ColumnParallelLinear(
-            self.dim, inner, bias=False, quant_config=quant, prefix=f"{prefix}.g_b_proj"
-        )
+        self.gate_up = new_parameter((2, inner, self.dim))
         self.o_proj = RowParallelLinear(
             inner, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
         self.conv_weight = new_parameter((3 * inner, width))
         self.A_log = new_parameter((self.heads,), torch.float32)
         self.dt_bias = new_parameter((inner,), torch.float32)
-        self.norm_weight = new_parameter((self.dim,))
+        self.o_norm = GatedRMSNorm(self.dim, config.rms_norm_eps)
         keep_weights_in_place(self)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def weight_parts(self) -> dict[str, Part]:
-        inner, hidden = self.heads * self.dim, self.qkvb_proj.input_size
+        inner, hidden = self.heads * self.dim, self.in_proj.input_size
         width = self.conv_weight.shape[1]
         parts = {
-            "b_proj.weight": Part("qkvb_proj.weight", 3, (self.heads, hidden)),
-            "f_a_proj.weight": Part("fg_a_proj.weight", 0, (self.dim, hidden)),
-            "g_a_proj.weight": Part("fg_a_proj.weight", 1, (self.dim, hidden)),
-            "o_norm.weight": Part("norm_weight", None, (self.dim,)),
+            "f_a_proj.weight": Part("in_proj.weight", 3, (self.dim, hidden)),
+            "g_a_proj.weight": Part("in_proj.weight", 4, (self.dim, hidden)),
+            "b_proj.weight": Part("in_proj.weight", 5, (self.heads, hidden)),
+            "f_b_proj.weight": Part("gate_up", 0, (inner, self.dim)),
+            "g_b_proj.weight": Part("gate_up", 1, (inner, self.dim)),
             "A_log": Part("A_log", None, (1, 1, self.heads, 1)),
         }
         for i, name in enumerate("qkv"):
-            parts[f"{name}_proj.weight"] = Part("qkvb_proj.weight", i, (inner, hidden))
+            parts[f"{name}_proj.weight"] = Part("in_proj.weight", i, (inner, hidden))
             parts[f"{name}_conv1d.weight"] = Part("conv_weight", i, (inner, 1, width))
         return parts
 
@@ -188,83 +214,86 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
     ) -> torch.Tensor:
         """hidden_states [T, hidden] -> [T, hidden]."""
         inner = self.heads * self.dim
-        qkv, beta = self.qkvb_proj(hidden_states)[0].split((3 * inner, self.heads), dim=-1)
-        f, gate = self.fg_a_proj(hidden_states)[0].split((self.dim, self.dim), dim=-1)
-        f = self.f_b_proj(f)[0].unflatten(-1, (self.heads, self.dim))
-        gate = self.g_b_proj(gate)[0].unflatten(-1, (self.heads, self.dim))
-        o = self.attend(qkv, f, beta)
-        o = F.rms_norm(o.float(), (self.dim,), self.norm_weight.float(), self.eps) * gate.float().sigmoid()
-        return self.o_proj(o.to(hidden_states.dtype).flatten(1))[0]
+        projected = self.in_proj(hidden_states)[0]
+        qkv, narrow, rest = projected.tensor_split((3 * inner, 3 * inner + 2 * self.dim), dim=-1)
+        narrow = narrow.unflatten(-1, (2, self.dim)).transpose(0, 1)
+        f, gate = torch.bmm(narrow, self.gate_up.transpose(1, 2)).unflatten(-1, (self.heads, self.dim))
+        o = self.attend(qkv, f, rest[:, : self.heads], gate)
+        return self.o_proj(o.flatten(1))[0]
 
-    def attend(self, qkv: torch.Tensor, f: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, qkv: torch.Tensor, f: torch.Tensor, beta: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
         """Run the recurrence from the cached states and leave the new states there.
 
         Args:
             qkv: [T, 3 * H * d], before the convolution.
             f: [T, H, d], the raw decay gate.
             beta: [T, H], logits.
+            gate: [T, H, d], logits of the output gate.
 
         Returns:
-            [T, H, d].
+            [T, H, d], normalised and gated.
         """
-        o = qkv.new_zeros(qkv.shape[0], self.heads, self.dim)
         steps = get_forward_context().attn_metadata
-        if steps is None:
-            return o
-        step = steps[self.prefix]
+        step = steps and steps.get(self.prefix)
+        if not step:
+            return torch.zeros_like(f)
         split, n = step.split, step.split.num_decodes
-        conv_states, states = self.kv_cache
         if len(split.fresh):
-            # A slot still holds what its last sequence left there.
-            slots = step.slots[split.fresh]
-            conv_states[slots] = 0
-            states[slots] = 0
+            self.forget(step.slots[split.fresh.to(step.slots.device)])
+        if not split.num_prefills:
+            return self.decode(qkv, f, beta, gate, step.slots)
+        o = torch.zeros_like(f)
         if n:
-            o[:n] = self.decode(qkv[:n], f[:n], beta[:n], step.slots[:n])
-        if split.num_prefills:
-            end = n + int(split.cu_seqlens[-1])
-            o[n:end] = self.prefill(qkv[n:end], f[n:end], beta[n:end], step.slots[n:], split.cu_seqlens)
+            o[:n] = self.decode(qkv[:n], f[:n], beta[:n], gate[:n], step.slots[:n])
+        rows = slice(n, n + int(split.cu_seqlens[-1]))
+        o[rows] = self.prefill(qkv[rows], f[rows], beta[rows], gate[rows], step.slots[n:], step.cu_seqlens)
         return o
 
+    def forget(self, slots: torch.Tensor) -> None:
+        """Empty the states of sequences that begin: a slot still holds what its last sequence left there."""
+        for states in self.kv_cache:
+            states.index_fill_(0, slots.long(), 0)
+
     def decode(
-        self, qkv: torch.Tensor, f: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        f: torch.Tensor,
+        beta: torch.Tensor,
+        gate: torch.Tensor,
+        slots: torch.Tensor,
     ) -> torch.Tensor:
         """One token of each of N sequences, all at once: as `attend`, with slots [N]."""
         conv_states, states = self.kv_cache
-        # index_select copies whole states, several times faster than indexing with a tensor does.
-        x, history = convolution_step(qkv, self.conv_weight, conv_states.index_select(0, slots))
-        q, k, v = x.view(-1, 3, 1, self.heads, self.dim).unbind(1)
-        o, final = fused_recurrent_kda(
-            q, k, v, f.unsqueeze(1), beta.unsqueeze(1),
-            initial_state=states.index_select(0, slots), output_final_state=True,
-            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-            A_log=self.A_log, dt_bias=self.dt_bias,
+        return kda_decode_step(
+            qkv, self.conv_weight, conv_states, f, beta, self.A_log, self.dt_bias, states, slots, gate,
+            self.o_norm.weight, self.o_norm.eps,
         )  # fmt: skip
-        assert final is not None
-        conv_states[slots], states[slots] = history, final
-        return o.squeeze(1)
 
     def prefill(
         self,
         qkv: torch.Tensor,
         f: torch.Tensor,
         beta: torch.Tensor,
+        gate: torch.Tensor,
         slots: torch.Tensor,
         cu_seqlens: torch.Tensor,
     ) -> torch.Tensor:
         """Several tokens of each of P sequences: as `attend`, with slots [P] and cu_seqlens [P + 1]."""
         conv_states, states = self.kv_cache
-        cu_seqlens = cu_seqlens.to(qkv.device)
+        slots = slots.long()
         history = conv_states.index_select(0, slots)
         x = short_convolution(qkv, self.conv_weight, cu_seqlens, history)
         q, k, v = x.view(1, -1, 3, self.heads, self.dim).unbind(2)
         o, final = chunk_kda(
             q, k, v, f.unsqueeze(0), beta.unsqueeze(0),
-            initial_state=states.index_select(0, slots), output_final_state=True,
+            initial_state=states.index_select(0, slots).float(), output_final_state=True,
             use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
             A_log=self.A_log, dt_bias=self.dt_bias, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         assert final is not None
-        conv_states[slots] = convolution_state(qkv, self.conv_weight.shape[1], cu_seqlens, history)
-        states[slots] = final
-        return o.squeeze(0)
+        width = self.conv_weight.shape[1]
+        conv_states[slots] = convolution_state(qkv, width, cu_seqlens, history).to(conv_states.dtype)
+        states[slots] = final.to(states.dtype)
+        return self.o_norm(o.squeeze(0), gate)

@@ -12,7 +12,11 @@ from transformers import KimiLinearConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -37,7 +41,7 @@ from kimi_linear.vllm_plugin.weights import (
 )
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(nn.Module, WeightParts):
     """Multi-head latent attention (arXiv:2405.04434), with RoPE only where `mla_use_nope` is false."""
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
@@ -47,15 +51,12 @@ class LatentAttention(nn.Module):
         self.v_dim, self.rank = config.v_head_dim, config.kv_lora_rank
         hidden, head_dim = config.hidden_size, self.nope + self.rope
         quant = vllm_config.quant_config
-        self.q_proj = ColumnParallelLinear(
-            hidden, self.heads * head_dim, bias=False, quant_config=quant, prefix=f"{prefix}.q_proj"
-        )
-        self.kv_a_proj_with_mqa = ReplicatedLinear(
+        self.in_proj = MergedColumnParallelLinear(
             hidden,
-            self.rank + self.rope,
+            [self.heads * head_dim, self.rank + self.rope],
             bias=False,
             quant_config=quant,
-            prefix=f"{prefix}.kv_a_proj_with_mqa",
+            prefix=f"{prefix}.in_proj",
         )
         self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = ColumnParallelLinear(
@@ -79,6 +80,17 @@ class LatentAttention(nn.Module):
             )
         self.attention = self.make_attention(head_dim**-0.5, vllm_config, f"{prefix}.attention")
 
+    def weight_parts(self) -> dict[str, Part]:
+        hidden = self.in_proj.input_size
+        shapes = {
+            "q_proj": (self.heads * (self.nope + self.rope), hidden),
+            "kv_a_proj_with_mqa": (self.rank + self.rope, hidden),
+        }
+        return {
+            f"{name}.weight": Part("in_proj.weight", i, shape)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+
     def make_attention(self, scale: float, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         sizes = {
             "num_heads": self.heads,
@@ -101,15 +113,24 @@ class LatentAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden] -> [T, hidden]."""
-        q = self.q_proj(hidden_states)[0].unflatten(-1, (self.heads, -1))
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states)[0].split((self.rank, self.rope), dim=-1)
+        widths = (self.heads * (self.nope + self.rope), self.rank, self.rope)
+        q, latent, k_rope = self.in_proj(hidden_states)[0].split(widths, dim=-1)
+        q, k_rope = q.unflatten(-1, (self.heads, -1)), k_rope.unsqueeze(1)
         latent = self.kv_a_layernorm(latent)
         if self.rotary is not None:
-            # vLLM's kernel on the CPU takes heads side by side, and works in place.
-            q_rope, k_rope = self.rotary(positions, q[..., self.nope :].flatten(1), k_rope.contiguous())
-            q = torch.cat((q[..., : self.nope], q_rope.unflatten(-1, (self.heads, -1))), dim=-1)
+            self.rotate(positions, q[..., self.nope :], k_rope)
         shape = torch.Size((hidden_states.shape[0], self.heads * self.v_dim))
-        return self.o_proj(self.attention(q, latent, k_rope.unsqueeze(1), output_shape=shape))[0]
+        return self.o_proj(self.attention(q, latent, k_rope, output_shape=shape))[0]
+
+    def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Turn q [T, H, rope] and k [T, 1, rope] in place."""
+        assert self.rotary is not None
+        if not current_platform.is_cpu():
+            self.rotary(positions, q, k)
+            return
+        # vLLM's kernel on the CPU takes heads side by side.
+        for x in (q, k):
+            x.copy_(self.rotary(positions, x.flatten(1).clone())[0].view(x.shape))
 
 
 class DecoderLayer(nn.Module):
@@ -194,7 +215,7 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, WeightParts):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-        return state_dtypes(vllm_config.model_config.dtype)
+        return state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
 
     @classmethod
     def get_mamba_state_shape_from_config(

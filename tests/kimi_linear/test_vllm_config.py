@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
 from kimi_linear.checkpoint import released_config
 from kimi_linear.config import FULL_ATTENTION, mla_twin, preset
@@ -13,6 +15,7 @@ from kimi_linear.vllm_plugin import ARCHITECTURE, register
 from kimi_linear.vllm_plugin.config import (
     EngineChecks,
     ServedConfig,
+    capture_decoding,
     check_gpu_latent_size,
     check_model,
     is_sparse_layer,
@@ -79,7 +82,7 @@ def test_a_latent_without_a_gpu_kernel_is_refused_in_one_line_before_a_worker_st
         check_gpu_latent_size(64, 16)
     assert "\n" not in str(error.value)
 
-    served = SimpleNamespace(hf_config=preset("tiny"))
+    served = SimpleNamespace(hf_config=preset("tiny"), dtype=torch.bfloat16)
     EngineChecks.verify_and_update_model_config(served)
     gpu = SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setattr("kimi_linear.vllm_plugin.config.current_platform", gpu)
@@ -87,6 +90,34 @@ def test_a_latent_without_a_gpu_kernel_is_refused_in_one_line_before_a_worker_st
         EngineChecks.verify_and_update_model_config(served)
     served.hf_config = preset("small")
     EngineChecks.verify_and_update_model_config(served)
+    served.dtype = torch.float32
+    with pytest.raises(ValueError, match="dtype=float32 has no MLA kernel on a GPU: use bfloat16"):
+        EngineChecks.verify_and_update_model_config(served)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [1, 2, 3]), (24, [1, 2, 4, 8, 16, 24]), (300, None)])
+def test_decoding_on_a_gpu_has_a_graph_for_every_batch_size_up_to_max_num_seqs(
+    most: int, sizes: list[int] | None
+) -> None:
+    compilation = CompilationConfig()
+    engine = SimpleNamespace(
+        compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=most)
+    )
+    capture_decoding(engine)
+    assert compilation.mode == CompilationMode.NONE
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+    captured = compilation.cudagraph_capture_sizes
+    assert captured == sorted(set(captured))
+    assert captured[-1] == most
+    assert sizes is None or captured == sizes
+
+
+def test_decoding_on_a_gpu_keeps_what_the_user_chose() -> None:
+    chosen = CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE, cudagraph_capture_sizes=[5])
+    capture_decoding(
+        SimpleNamespace(compilation_config=chosen, scheduler_config=SimpleNamespace(max_num_seqs=64))
+    )
+    assert (chosen.cudagraph_mode, chosen.cudagraph_capture_sizes) == (CUDAGraphMode.NONE, [5])
 
 
 @pytest.mark.parametrize(
