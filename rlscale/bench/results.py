@@ -1,0 +1,36 @@
+"""What was measured, on disk as soon as it is: a run cut short leaves all that it has measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlscale.runs.environment import environment
+
+
+def device_name() -> str:
+    """The accelerator, or the processor where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def synchronize() -> None:
+    """Waits for the accelerator, where there is one, so that a clock read next counts its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Results:
+    """A JSON file {"device", "environment", "settings", "cases"}, written again after every case."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.cases: list[dict[str, Any]] = []
+        self._about = {"device": device_name(), "environment": environment(), "settings": settings}
+
+    def add(self, case: dict[str, Any]) -> None:
+        self.cases.append(case)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({**self._about, "cases": self.cases}, indent=1) + "\n")

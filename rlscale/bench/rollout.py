@@ -1,0 +1,184 @@
+"""Decoding and prefill of one engine, architecture against architecture, at lengths of up to a million tokens."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import KimiLinearConfig
+
+from kimi_linear.config import cache_size
+from rlscale.bench.results import synchronize
+from rlscale.config import Architecture
+from rlscale.errors import UserError
+from rlscale.memory import GIB
+from rlscale.rollout.vllm_engine import CachePool, start_engine
+
+_WARM_STEPS = 8
+_PROMPT_TOKEN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sequences that decode together behind contexts of one length.
+
+    Args:
+        context: tokens.
+        sequences: how many; None for as many as the cache holds.
+    """
+
+    context: int
+    sequences: int | None
+
+
+def bench_rollout(
+    models: dict[Architecture, KimiLinearConfig],
+    workloads: Sequence[Workload],
+    prefills: Sequence[int],
+    dtype: torch.dtype,
+    cache_gib: float,
+    steps: int,
+) -> Iterator[dict[str, Any]]:
+    """Cases as plain dictionaries, one architecture after the other, each in an engine of its own.
+
+    Decoding: `step_ms` (time per output token, scheduling and greedy sampling included), `tokens_per_s`.
+    Both kinds: `cache_bytes_per_sequence`, `sequences_that_fit`. Prefill of a single prompt: `prefill_s`.
+    Weights are vLLM's random ones; contexts behind which an engine decodes are planted, not computed.
+
+    Args:
+        models: the two shapes to compare.
+        prefills: prompt lengths to prefill for real.
+        cache_gib: memory of an engine's cache.
+        steps: decoding steps that a case is timed over.
+
+    Raises:
+        UserError: the cache holds less than one workload, or the engine cannot start.
+    """
+    longest = max([workload.context for workload in workloads] + list(prefills))
+    room = longest + steps + 4 * _WARM_STEPS
+    for architecture, model in models.items():
+        model.model_max_length = max(model.max_position_embeddings, room)
+        model.max_position_embeddings = model.model_max_length
+        most = max(_most_sequences(model, workload, dtype, cache_gib) for workload in workloads)
+        engine = start_engine(model, dtype, room, most, cache_gib, planted_contexts=True)
+        try:
+            bench = EngineBench(engine, steps)
+            for length in prefills:
+                yield {"architecture": architecture, "kind": "prefill", **bench.prefill(length)}
+            for workload in workloads:
+                yield {"architecture": architecture, "kind": "decode", **bench.decode(workload)}
+        finally:
+            engine.engine_core.shutdown()
+            del engine, bench
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _most_sequences(model: KimiLinearConfig, workload: Workload, dtype: torch.dtype, cache_gib: float) -> int:
+    """Of a workload, at most; vLLM's blocks hold a little less."""
+    if workload.sequences is not None:
+        return workload.sequences
+    return max(1, int(cache_gib * GIB) // cache_size(model, dtype, dtype).at(workload.context))
+
+
+class EngineBench:
+    """Times an engine that plants contexts, one case at a time."""
+
+    def __init__(self, engine: Any, steps: int) -> None:
+        self._engine = engine
+        self._steps = steps
+        self._pool = CachePool(engine)
+        self._scheduler = engine.engine_core.engine_core.scheduler
+        self._requests = 0
+
+    def decode(self, workload: Workload) -> dict[str, Any]:
+        """Time per step while all sequences of the workload decode."""
+        tokens = workload.context + self._steps + 4 * _WARM_STEPS
+        fit = self._pool.sequences(tokens)
+        sequences = fit if workload.sequences is None else workload.sequences
+        if not 0 < sequences <= fit:
+            raise UserError(
+                f"the cache holds {fit} sequences of {tokens} tokens, not {max(1, sequences)}: "
+                "raise --cache-gib or lower the context"
+            )
+        names = self._add(sequences, workload.context, planted=True)
+        try:
+            while len(self._scheduler.running) < sequences:
+                self._engine.step()
+            self._run(_WARM_STEPS)
+            seconds = self._run(self._steps)
+            if len(self._scheduler.running) != sequences:
+                raise RuntimeError(f"{len(self._scheduler.running)} of {sequences} sequences still decode")
+        finally:
+            self._abort(names)
+        return {
+            "context": workload.context,
+            "sequences": sequences,
+            "fills_cache": workload.sequences is None,
+            "step_ms": 1e3 * seconds / self._steps,
+            "tokens_per_s": sequences * self._steps / seconds,
+            **self._cache(workload.context),
+        }
+
+    def prefill(self, length: int) -> dict[str, Any]:
+        """Seconds from a prompt to its first token, the second time: the first one compiles kernels."""
+        seconds = 0.0
+        for _ in range(2):
+            names = self._add(1, length, planted=False)
+            synchronize()
+            started = time.perf_counter()
+            while self._engine.has_unfinished_requests() and not self._first_token():
+                self._engine.step()
+            synchronize()
+            seconds = time.perf_counter() - started
+            self._abort(names)
+        return {"context": length, "prefill_s": seconds, **self._cache(length)}
+
+    def _first_token(self) -> bool:
+        return any(request.num_output_tokens for request in self._scheduler.running)
+
+    def _cache(self, context: int) -> dict[str, int]:
+        return {
+            "cache_bytes_per_sequence": self._pool.sequence_bytes(context),
+            "sequences_that_fit": self._pool.sequences(context),
+        }
+
+    def _run(self, steps: int) -> float:
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._engine.step()
+        synchronize()
+        return time.perf_counter() - started
+
+    def _add(self, sequences: int, context: int, planted: bool) -> list[str]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from rlscale.rollout.planted import PLANTED
+
+        names = [f"{PLANTED if planted else 'computed-'}{self._requests + i}" for i in range(sequences)]
+        self._requests += sequences
+        for name in names:
+            self._engine.add_request(
+                name,
+                {"prompt_token_ids": [_PROMPT_TOKEN] * context},
+                SamplingParams(
+                    max_tokens=self._steps + 3 * _WARM_STEPS,
+                    temperature=0.0,
+                    ignore_eos=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+        return names
+
+    def _abort(self, names: list[str]) -> None:
+        self._engine.abort_request(names)
+        while self._engine.has_unfinished_requests() or self._scheduler.running:
+            self._engine.step()
