@@ -1,1 +1,1 @@
-"""Measures the parts of a run apart: rollout, weight sync and learner. `rlscale bench` is its command line."""
+"""Measures the parts of a run apart: rollout, weight sync, learner, and how two of them agree."""

@@ -1,8 +1,7 @@
-"""Decoding and prefill of one engine, architecture against architecture, at lengths of up to a million tokens."""
+"""Decoding and prefill, architecture against architecture, at lengths of up to a million tokens."""
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from transformers import KimiLinearConfig
 
 from kimi_linear.config import cache_size
-from rlscale.bench.results import synchronize
+from rlscale.bench.results import release, synchronize
 from rlscale.config import Architecture
 from rlscale.errors import UserError
 from rlscale.memory import GIB
@@ -74,9 +73,7 @@ def bench_rollout(
         finally:
             engine.engine_core.shutdown()
             del engine, bench
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release()
 
 
 def _most_sequences(model: KimiLinearConfig, workload: Workload, dtype: torch.dtype, cache_gib: float) -> int:

@@ -1,8 +1,9 @@
-"""Contexts that count as computed and never were: what a step of decoding costs behind a long context, without
-the minutes that reading one takes.
+# ruff: noqa: ARG002 (the arguments are vLLM's)
+"""Contexts that count as computed and never were: what decoding costs behind a long context, without the
+minutes that reading one takes.
 
-vLLM asks a connector which tokens of a new request another machine has computed already. This one says all but
-the last, and brings nothing: latents and states are what the pages hold. Timings depend on lengths alone.
+vLLM asks a connector which tokens of a new request another machine has computed already. This one says all
+but the last, and brings nothing: latents and states are what the pages hold. Timings depend on lengths alone.
 """
 
 from __future__ import annotations
