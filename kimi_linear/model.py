@@ -5,6 +5,7 @@ packed on the way in and padded again on the way out. Parameters carry the relea
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,12 @@ class GenerationCache:
     def select(self, sequences: torch.Tensor) -> "GenerationCache":
         """The cache of some of the sequences, by index [M] or mask [N]."""
         return GenerationCache([layer.select(sequences) for layer in self.layers])
+
+    @staticmethod
+    def join(caches: Sequence["GenerationCache"]) -> "GenerationCache":
+        """One cache of all sequences, in the order of `caches`, which come from the same model."""
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        return GenerationCache([type(parts[0]).join(parts) for parts in layers])
 
 
 class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):

@@ -92,6 +92,20 @@ def reserve(bundles: Sequence[Mapping[str, float]], timeout: float = 30) -> Iter
             remove_placement_group(group)
 
 
+def result(future: ray.ObjectRef) -> Any:
+    """The result of one call on an actor.
+
+    Raises:
+        RayActorError: the actor has died.
+        Exception: what the actor raised, as it was raised there.
+    """
+    try:
+        return ray.get(future)
+    except RayTaskError as error:
+        # Ray's wrapper prints the remote traceback as its message; the cause is what a caller can catch.
+        raise error.cause from error
+
+
 def gather(futures: Sequence[ray.ObjectRef], who: str) -> list[Any]:
     """The results of one call on each of several actors of kind `who`, in their order.
 
@@ -102,15 +116,17 @@ def gather(futures: Sequence[ray.ObjectRef], who: str) -> list[Any]:
     try:
         return ray.get(list(futures))
     except RayTaskError as error:
-        # Ray's wrapper prints the remote traceback as its message; the cause is what a caller can catch.
         raise error.cause from error
     except RayActorError:
         dead = [i for i, future in enumerate(futures) if _actor_died(future)]
-        which = ", ".join(str(i) for i in dead)
-        raise UserError(
-            f"{who} {which} of {len(futures)} died, often for want of memory: "
-            "see the newest worker-*.err in /tmp/ray/session_latest/logs"
-        ) from None
+        raise death(f"{who} {', '.join(str(i) for i in dead)} of {len(futures)} died") from None
+
+
+def death(what: str) -> UserError:
+    """The error for actors that died: what happened, and where their logs are."""
+    return UserError(
+        f"{what}, often for want of memory: see the newest worker-*.err in /tmp/ray/session_latest/logs"
+    )
 
 
 def _check_reachable(address: str) -> None:

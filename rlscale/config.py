@@ -75,6 +75,8 @@ class RolloutConfig(Section):
     """Budget of a completion in tokens; default: the required length plus the end-of-sequence token."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling, in training and evaluation."""
+    max_restarts: int = Field(3, ge=0)
+    """How often in a row a worker that dies is replaced before one finishes a prompt; then the run stops."""
     max_num_seqs: int = Field(128, ge=1)
     """Completions that one engine generates at the same time."""
     cache_gib: float = Field(1.0, gt=0)
@@ -108,6 +110,37 @@ class LearnerConfig(Section):
     """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
 
 
+class SynchronousConfig(Section):
+    """Draw a batch with the newest policy, train on it, update the policy: each waits for the other."""
+
+    kind: Literal["synchronous"] = "synchronous"
+    """Which mode; the keys beside it are its own."""
+
+
+class OneStepOffConfig(Section):
+    """While the learner trains on a batch, the policy from before that step draws the next one, whole."""
+
+    kind: Literal["one_step_off"] = "one_step_off"
+    """Which mode; the keys beside it are its own."""
+
+
+class AsynchronousConfig(Section):
+    """Engines never wait for the learner: new weights arrive in the middle of completions, which go on."""
+
+    kind: Literal["asynchronous"] = "asynchronous"
+    """Which mode; the keys beside it are its own."""
+    max_staleness: int = Field(4, ge=1)
+    """A token is trained on at most so many updates after the weights that drew it; groups that would exceed
+    this are dropped and counted."""
+    in_flight: Literal["recompute", "keep"] = "recompute"
+    """What new weights do with completions in the making. recompute: read them again from the prompt on, so
+    that each further token is the new policy's own. keep: go on with the latents and states that earlier
+    weights left, which saves the reading; see experiments/inflight_updates."""
+
+
+ModeConfig = Annotated[SynchronousConfig | OneStepOffConfig | AsynchronousConfig, Field(discriminator="kind")]
+
+
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
     """Steps between two held-out evaluations; the first and the last step are always evaluated."""
@@ -139,6 +172,8 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = GRPOConfig()
     learner: LearnerConfig = LearnerConfig()
+    mode: ModeConfig = SynchronousConfig()
+    """How generating and training share the time."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

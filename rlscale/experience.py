@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlscale.config import EvaluationConfig
 from rlscale.tasks import Shaping, Task, decode_completion, encode_prompt
-from rlscale.types import GenerationReport, Problem, Rollout, Sampling
+from rlscale.types import Completion, GenerationReport, Problem, Rollout, Sampling
+
+_KEYS_PER_SEED = 1 << 32  # problems that one seed may draw before it would meet the next seed's
 
 
 class Sampler(Protocol):
@@ -21,18 +23,115 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
-    """Scored rollouts in the order of their prompts, and what drawing them cost.
+class Prompt:
+    """A problem as the policy sees it. `place` is its number in the run, or in the held-out set."""
+
+    place: int
+    problem: Problem
+    prompt_ids: list[int]
+
+
+class TrainingPrompts:
+    """The prompts of a run, in order: no other place or seed has them, and all architectures do."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self._task, self._tokenizer, self._seed = task, tokenizer, seed
+
+    def at(self, place: int) -> Prompt:
+        """The prompt of a place, whichever were asked for before."""
+        problem = self._task.problem("train", self._seed * _KEYS_PER_SEED + place)
+        return Prompt(place, problem, encode_prompt(self._tokenizer, problem.prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """The completions of one prompt with their rewards.
 
     `passed[i]` says whether rollout i is the right answer, whatever shaping its reward has.
     """
 
-    problems: list[Problem]
+    prompt: Prompt
     rollouts: list[Rollout]
     texts: list[str]
     passed: list[bool]
+
+    @property
+    def tokens(self) -> int:
+        """Of its completions."""
+        return sum(len(rollout.completion.token_ids) for rollout in self.rollouts)
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that drew one of its tokens."""
+        return min(min(rollout.completion.weight_versions) for rollout in self.rollouts)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` cannot find out from the prompt's place."""
+        completions = [asdict(rollout.completion) for rollout in self.rollouts]
+        return {
+            "place": self.prompt.place,
+            "completions": completions,
+            "rewards": [rollout.reward for rollout in self.rollouts],
+            "texts": self.texts,
+            "passed": self.passed,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], prompt_at: Callable[[int], Prompt]) -> ScoredGroup:
+        """The group that `to_json` wrote, its prompt found by its place."""
+        prompt = prompt_at(data["place"])
+        rollouts = [
+            Rollout(prompt.prompt_ids, Completion(**completion), reward, prompt.place)
+            for completion, reward in zip(data["completions"], data["rewards"], strict=True)
+        ]
+        return cls(prompt, rollouts, list(data["texts"]), list(data["passed"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Gives completions their rewards."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    reward: Shaping
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+        """A prompt's completions as rollouts of one group, numbered by the prompt's place."""
+        group = ScoredGroup(prompt, [], [], [])
+        for completion in completions:
+            text = decode_completion(self.tokenizer, completion.token_ids)
+            # A right answer that runs on past its end is no right answer: the policy has to stop by itself.
+            right = self.task.score(prompt.problem, text, "exact") == 1.0
+            exact = right and completion.finish_reason == "stop"
+            score = float(exact)
+            if self.reward != "exact":
+                score = self.task.score(prompt.problem, text, self.reward)
+            group.rollouts.append(Rollout(prompt.prompt_ids, completion, score, prompt.place))
+            group.texts.append(text)
+            group.passed.append(exact)
+        return group
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Scored groups and what drawing them cost.
+
+    Args:
+        generated_tokens: of all that was drawn for this batch, groups included that are not in it.
+        wall_s: seconds in which `generated_tokens` were drawn.
+    """
+
+    groups: list[ScoredGroup]
     generated_tokens: int
     wall_s: float
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @property
+    def passed(self) -> list[bool]:
+        return [passed for group in self.groups for passed in group.passed]
 
     @property
     def pass_rate(self) -> float:
@@ -40,7 +139,7 @@ class Experience:
 
     @property
     def response_tokens_mean(self) -> float:
-        return self.generated_tokens / len(self.rollouts)
+        return fmean(len(rollout.completion.token_ids) for rollout in self.rollouts)
 
     @property
     def longest_sequence(self) -> int:
@@ -66,7 +165,7 @@ class Experience:
         """A held-out result as `evaluations.jsonl` has it, its cumulative fields apart."""
         return {
             "pass_rate": self.pass_rate,
-            "pass_rates": [fmean(self.passed[i : i + self.group_size]) for i in self._firsts()],
+            "pass_rates": [fmean(group.passed) for group in self.groups],
             "response_tokens_mean": self.response_tokens_mean,
             "truncated_fraction": self.truncated_fraction,
         }
@@ -75,47 +174,21 @@ class Experience:
         """The first rollout of each of the first `count` problems, for people to read."""
         return [
             {
-                "prompt": problem.prompt,
-                "answer": problem.answer,
-                "completion": self.texts[i],
-                "reward": self.rollouts[i].reward,
-                "truncated": self.rollouts[i].completion.finish_reason == "length",
+                "prompt": group.prompt.problem.prompt,
+                "answer": group.prompt.problem.answer,
+                "completion": group.texts[0],
+                "reward": group.rollouts[0].reward,
+                "truncated": group.rollouts[0].completion.finish_reason == "length",
             }
-            for problem, i in zip(self.problems[:count], self._firsts(), strict=False)
+            for group in self.groups[:count]
         ]
 
-    @property
-    def group_size(self) -> int:
-        return len(self.rollouts) // len(self.problems)
 
-    def _firsts(self) -> range:
-        return range(0, len(self.rollouts), self.group_size)
-
-
-def collect(
-    sampler: Sampler,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    sampling: Sampling,
-    reward: Shaping,
-) -> Experience:
-    """Draws `sampling.samples` completions for each problem and scores them."""
-    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-    report = sampler.generate(prompts, sampling)
-    rollouts: list[Rollout] = []
-    texts: list[str] = []
-    passed: list[bool] = []
-    for group, (problem, prompt_ids) in enumerate(zip(problems, prompts, strict=True)):
-        for completion in report.completions[group]:
-            text = decode_completion(tokenizer, completion.token_ids)
-            # A right answer that runs on past its end is no right answer: the policy has to stop by itself.
-            exact = task.score(problem, text, "exact") == 1.0 and completion.finish_reason == "stop"
-            score = float(exact) if reward == "exact" else task.score(problem, text, reward)
-            rollouts.append(Rollout(prompt_ids, completion, score, group))
-            texts.append(text)
-            passed.append(exact)
-    return Experience(list(problems), rollouts, texts, passed, report.generated_tokens, report.wall_s)
+def collect(sampler: Sampler, scorer: Scorer, prompts: Sequence[Prompt], sampling: Sampling) -> Experience:
+    """Draws `sampling.samples` completions for each prompt and scores them."""
+    report = sampler.generate([prompt.prompt_ids for prompt in prompts], sampling)
+    groups = [scorer.score(*drawn) for drawn in zip(prompts, report.completions, strict=True)]
+    return Experience(groups, report.generated_tokens, report.wall_s)
 
 
 def evaluate(
@@ -127,5 +200,6 @@ def evaluate(
 ) -> Experience:
     """Held-out pass rate: the same problems each time, sampled as in training, scored exactly."""
     problems = [task.problem("held_out", key) for key in range(config.prompts)]
+    prompts = [Prompt(i, p, encode_prompt(tokenizer, p.prompt)) for i, p in enumerate(problems)]
     sampling = replace(sampling, samples=config.samples_per_prompt)
-    return collect(sampler, task, tokenizer, problems, sampling, "exact")
+    return collect(sampler, Scorer(task, tokenizer, "exact"), prompts, sampling)

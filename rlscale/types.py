@@ -30,6 +30,19 @@ class Sampling:
     first_prompt: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """One prompt whose group of `sampling.samples` completions is to be drawn.
+
+    `key` tells requests apart where they go; `sampling.first_prompt` is this prompt's place, which the random
+    numbers depend on.
+    """
+
+    key: int
+    prompt_ids: list[int]
+    sampling: Sampling
+
+
 @dataclass(slots=True)
 class Completion:
     """One sampled completion.
@@ -50,6 +63,14 @@ class Completion:
         """Places of the tokens that the policy drew."""
         start, end = self.forced or (0, 0)
         return [t for t in range(len(self.token_ids)) if not start <= t < end]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """All completions of the request with this key."""
+
+    key: int
+    completions: list[Completion]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from rlscale.cluster import reserve
-from rlscale.config import RunConfig
+from rlscale.config import AsynchronousConfig, RunConfig
 from rlscale.events import RunEvent
 from rlscale.learner.actor import LearnerGroup, LearnerSpec
 from rlscale.loop import train
 from rlscale.models import model_config, tokenizer_for
-from rlscale.rollout.actor import EngineSpec, RolloutPool
+from rlscale.rollout.actor import EngineSpec
+from rlscale.rollout.engine import InFlight
+from rlscale.rollout.pool import RolloutPool
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.files import write_json
 from rlscale.runs.folder import RunFolder
@@ -54,7 +56,10 @@ class Workers(AbstractContextManager["Workers"]):
             rollout_bundles = RolloutPool.bundles(config.rollout)
             learner_bundles = LearnerGroup.bundles(config.learner)
             placement = self._stack.enter_context(reserve(rollout_bundles + learner_bundles, timeout))
-            engine = EngineSpec(self.model_config, dtype, context, config.rollout)
+            in_flight: InFlight = "refuse"
+            if isinstance(config.mode, AsynchronousConfig):
+                in_flight = config.mode.in_flight
+            engine = EngineSpec(self.model_config, dtype, context, config.rollout, in_flight)
             self.rollouts = RolloutPool(engine, placement)
             self._stack.callback(self.rollouts.close)
             spec = LearnerSpec(self.model_config, dtype, config.model.checkpoint)
@@ -84,7 +89,7 @@ class Workers(AbstractContextManager["Workers"]):
         elif config.warm_start.target_pass_rate > 0:
             yield from self._warm_start(config, task, run, shared_warm_start)
 
-        weights = Synchronizer(self.learner, self.rollouts)
+        weights = Synchronizer(self.learner, self.rollouts, first_version=checkpoint[0] if checkpoint else 0)
         for report in train(config, task, self.tokenizer, self.learner, self.rollouts, weights, run):
             yield RunEvent(name, "training", report.step, report.metrics, report.evaluation)
         run.finish(summary(read_run(run.path)))

@@ -1,5 +1,6 @@
 """The Kimi Delta Attention layer (arXiv:2510.26692, section 4)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class KDACache:
 
     def select(self, sequences: torch.Tensor) -> "KDACache":
         return KDACache(self.state[sequences], self.convolution[sequences])
+
+    @staticmethod
+    def join(caches: Sequence["KDACache"]) -> "KDACache":
+        return KDACache(torch.cat([c.state for c in caches]), torch.cat([c.convolution for c in caches]))
 
 
 class ShortConvolution(nn.Module):

@@ -1,8 +1,10 @@
 """Multi-head latent attention (arXiv:2405.04434, section 2.1), with or without RoPE."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import KimiLinearConfig
 
@@ -29,6 +31,12 @@ class MLACache:
 
     def select(self, sequences: torch.Tensor) -> "MLACache":
         return MLACache(self.latents[sequences], self.lengths[sequences])
+
+    @staticmethod
+    def join(caches: Sequence["MLACache"]) -> "MLACache":
+        capacity = max(cache.latents.shape[1] for cache in caches)
+        latents = [F.pad(c.latents, (0, 0, 0, capacity - c.latents.shape[1])) for c in caches]
+        return MLACache(torch.cat(latents), torch.cat([c.lengths for c in caches]))
 
     def append(self, latents: torch.Tensor) -> None:
         """Add a row [N, rank + rope] to each sequence; a full cache doubles its capacity."""

@@ -3,21 +3,75 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from transformers import KimiLinearConfig
 
 from rlscale.errors import UserError
-from rlscale.types import GenerationReport, Sampling
+from rlscale.types import Completion, FinishedGroup, GenerationReport, GroupRequest, Sampling
+
+InFlight = Literal["refuse", "recompute", "keep"]
+"""What new weights mean for completions in the making. refuse: an error. recompute: the new weights read them
+again from the prompt on, so that each further token is the new policy's own. keep: the latents and recurrent
+states that earlier weights left are used on."""
 
 
-class RolloutEngine(Protocol):
-    """Samples completions from one policy whose weights can be replaced between calls.
+class RolloutEngine(ABC):
+    """Samples completions from one policy, step by step, so that its weights can be replaced under way.
 
     An engine starts with unspecified weights: every weight arrives through `load_weights`.
     """
+
+    @abstractmethod
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Takes requests in, all or none; their keys must differ from those of all unfinished ones.
+
+        Raises:
+            UserError: a prompt plus the budget exceeds the context that the engine was built for.
+        """
+
+    @abstractmethod
+    def step(self) -> list[FinishedGroup]:
+        """Draws one token or more of the completions in the making; returns the groups that this finished."""
+
+    @property
+    @abstractmethod
+    def unfinished(self) -> int:
+        """Completions that were asked for and are not finished, those that wait for a place included."""
+
+    @abstractmethod
+    def abort(self, keys: Iterable[int]) -> None:
+        """Forgets requests; keys of finished ones are passed over."""
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces every weight by tensors under their names in the released checkpoint format.
+
+        Tokens drawn afterwards carry `version`, those of completions in the making too. The tensors may be
+        views of memory that the caller reuses once this returns.
+
+        Raises:
+            RuntimeError: completions are in the making, and the engine was not built for that.
+            ValueError: a name is missing, unknown or given twice, or a shape differs; the message names them.
+        """
+
+    @abstractmethod
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of cache that one sequence of `tokens` tokens occupies, as this engine lays it out."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the engine's memory and processes; calling it twice is harmless."""
+
+    def check_in_flight(self, in_flight: InFlight) -> None:
+        """Refuses new weights in the middle of completions where these are not prepared for it."""
+        if in_flight == "refuse" and self.unfinished:
+            raise RuntimeError(f"new weights while {self.unfinished} completions are in the making")
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> GenerationReport:
         """Draws `sampling.samples` completions for each prompt (token ids), in the order of the prompts.
@@ -25,26 +79,27 @@ class RolloutEngine(Protocol):
         Raises:
             UserError: a prompt plus the budget exceeds the context that the engine was built for.
         """
-        ...
+        started = time.perf_counter()
+        requests = group_requests(prompts, sampling)
+        self.submit(requests)
+        finished: dict[int, list[Completion]] = {}
+        try:
+            while len(finished) < len(requests):
+                finished |= {group.key: group.completions for group in self.step()}
+        except BaseException:
+            # What is left would run on inside the next call.
+            self.abort(request.key for request in requests)
+            raise
+        completions = [finished[request.key] for request in requests]
+        return GenerationReport(completions, time.perf_counter() - started)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replaces every weight by tensors under their names in the released checkpoint format.
 
-        Completions drawn afterwards carry `version`. The tensors may be views of memory that the caller
-        reuses once this returns.
-
-        Raises:
-            ValueError: a name is missing, unknown or given twice, or a shape differs; the message names them.
-        """
-        ...
-
-    def cache_bytes(self, tokens: int) -> int:
-        """Bytes of cache that one sequence of `tokens` tokens occupies, as this engine lays it out."""
-        ...
-
-    def close(self) -> None:
-        """Frees the engine's memory and processes; calling it twice is harmless."""
-        ...
+def group_requests(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[GroupRequest]:
+    """A request for each prompt, its key and its place being its index."""
+    return [
+        GroupRequest(i, list(prompt), replace(sampling, first_prompt=sampling.first_prompt + i))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def completion_seed(seed: int, prompt: int, sample: int) -> int:
@@ -77,17 +132,22 @@ def check_context(model: KimiLinearConfig, context: int) -> None:
         )
 
 
-def check_request(prompts: Sequence[Sequence[int]], sampling: Sampling, context: int) -> None:
+def check_requests(requests: Iterable[GroupRequest], context: int) -> None:
     """Refuses what no engine can generate.
 
     Raises:
         UserError: a prompt is empty, or longer than `context` allows together with the budget.
     """
-    for place, prompt in enumerate(prompts, sampling.first_prompt):
-        if not len(prompt):
+    for request in requests:
+        place, prompt, budget = (
+            request.sampling.first_prompt,
+            request.prompt_ids,
+            request.sampling.max_tokens,
+        )
+        if not prompt:
             raise UserError(f"prompt {place} has no tokens: a completion needs at least one to start from")
-        if len(prompt) + sampling.max_tokens > context:
+        if len(prompt) + budget > context:
             raise UserError(
-                f"prompt {place} has {len(prompt)} tokens and the budget is {sampling.max_tokens}, but the "
+                f"prompt {place} has {len(prompt)} tokens and the budget is {budget}, but the "
                 f"engine's context is {context}: lower rollout.max_tokens or task.required_length"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,80 +12,127 @@ from transformers import KimiLinearConfig
 
 from kimi_linear.checkpoint import load_released_tensors, named_released_tensors
 from kimi_linear.config import cache_size
-from kimi_linear.model import KimiLinearForCausalLM
-from rlscale.rollout.engine import check_context, check_request, completion_seed, stop_token_ids
-from rlscale.types import Completion, GenerationReport, Sampling
+from kimi_linear.model import GenerationCache, KimiLinearForCausalLM
+from rlscale.rollout.engine import (
+    InFlight,
+    RolloutEngine,
+    check_context,
+    check_requests,
+    completion_seed,
+    stop_token_ids,
+)
+from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest
 from rlscale.weights.base import account_for
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Draft:
-    """A completion in the making. `place` is its prompt's, `uniforms` one random number per token."""
+    """A completion in the making. `uniforms` holds one random number per token of the budget."""
 
-    place: int
+    request: GroupRequest
     uniforms: torch.Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    stopped: bool = False
+    weight_versions: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
 
 
-class ReferenceEngine:
-    """A `RolloutEngine` on `kimi_linear.model`: batched prefill and decode, one forward pass per token.
+class ReferenceEngine(RolloutEngine):
+    """A `RolloutEngine` on `kimi_linear.model`, batched continuously: one forward pass per token.
+
+    Completions of one seed are the same in any batch, up to rounding.
 
     Args:
         model: shape of the policy.
         dtype: of weights, activations and latent cache.
         context: longest prompt and completion together, in tokens.
-        max_num_seqs: completions generated at the same time; the others wait for all of these.
+        max_num_seqs: completions generated at the same time; the others wait.
+        in_flight: what new weights mean for completions in the making; see `InFlight`.
 
     Raises:
         UserError: the context exceeds the model's.
     """
 
-    def __init__(self, model: KimiLinearConfig, dtype: torch.dtype, context: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        model: KimiLinearConfig,
+        dtype: torch.dtype,
+        context: int,
+        max_num_seqs: int,
+        in_flight: InFlight = "refuse",
+    ) -> None:
         check_context(model, context)
         self._config, self._dtype = model, dtype
-        self._context, self._max_num_seqs = context, max_num_seqs
+        self._context, self._max_num_seqs, self._in_flight = context, max_num_seqs, in_flight
         self._stop = frozenset(stop_token_ids(model))
         self._version: int | None = None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
             empty = KimiLinearForCausalLM(model).to(dtype)
         self._model: KimiLinearForCausalLM | None = empty.to_empty(device=self._device).eval()
+        self._groups: dict[int, list[_Draft]] = {}
+        self._waiting: deque[_Draft] = deque()  # what they have so far is not in the cache
+        self._running: list[_Draft] = []  # row i of the cache holds all but the last token of draft i
+        self._cache: GenerationCache | None = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> GenerationReport:
-        """See `RolloutEngine.generate`. Completions of one seed are the same in any batch, up to rounding."""
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """See `RolloutEngine.submit`."""
         if self._version is None:
             raise RuntimeError("the engine has no weights yet: sync before generating")
-        check_request(prompts, sampling, self._context)
-        started = time.perf_counter()
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        drafts = [
-            _Draft(
-                place, _uniforms(completion_seed(seed, sampling.first_prompt + place, i), sampling.max_tokens)
-            )
-            for place in range(len(prompts))
-            for i in range(sampling.samples)
-        ]
-        for first in range(0, len(drafts), self._max_num_seqs):
-            self._complete(drafts[first : first + self._max_num_seqs], prompts, sampling)
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        for draft in drafts:
-            completions[draft.place].append(
-                Completion(
-                    draft.token_ids,
-                    draft.logprobs,
-                    [self._version] * len(draft.token_ids),
-                    "stop" if draft.stopped else "length",
+        check_requests(requests, self._context)
+        for request in requests:
+            sampling = request.sampling
+            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+            self._groups[request.key] = [
+                _Draft(
+                    request,
+                    _uniforms(completion_seed(seed, sampling.first_prompt, i), sampling.max_tokens),
                 )
-            )
-        return GenerationReport(completions, time.perf_counter() - started)
+                for i in range(sampling.samples)
+            ]
+            self._waiting.extend(self._groups[request.key])
+
+    def step(self) -> list[FinishedGroup]:
+        """See `RolloutEngine.step`: one token of each completion that has a place."""
+        if not (self._running or self._waiting):
+            return []
+        logits = self._next_logits()
+        drafts = self._running
+        temperatures = torch.tensor([d.request.sampling.temperature for d in drafts], device=self._device)
+        uniforms = torch.stack([d.uniforms[len(d.token_ids)] for d in drafts]).to(self._device)
+        tokens, logprobs = sample(logits, temperatures, uniforms)
+        assert self._version is not None
+        for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
+            draft.token_ids.append(token)
+            draft.logprobs.append(logprob)
+            draft.weight_versions.append(self._version)
+            if token in self._stop:
+                draft.finish_reason = "stop"
+            elif len(draft.token_ids) == draft.request.sampling.max_tokens:
+                draft.finish_reason = "length"
+        self._keep_running([draft.finish_reason is None for draft in drafts])
+        return self._take_finished({draft.request.key: None for draft in drafts})
+
+    @property
+    def unfinished(self) -> int:
+        """See `RolloutEngine.unfinished`."""
+        return len(self._running) + len(self._waiting)
+
+    def abort(self, keys: Iterable[int]) -> None:
+        """See `RolloutEngine.abort`."""
+        gone = {key for key in keys if self._groups.pop(key, None) is not None}
+        self._waiting = deque(draft for draft in self._waiting if draft.request.key not in gone)
+        self._keep_running([draft.request.key not in gone for draft in self._running])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`. Weights of another dtype are converted."""
+        self.check_in_flight(self._in_flight)
         expected = {name: tensor.shape for name, tensor in named_released_tensors(self._loaded)}
         load_released_tensors(self._loaded, account_for(weights, expected).items())
         self._version = version
+        if self._in_flight == "recompute":
+            self._waiting.extendleft(reversed(self._running))
+            self._running, self._cache = [], None
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that the cache of one sequence of `tokens` tokens needs, spare rows not counted."""
@@ -93,7 +140,7 @@ class ReferenceEngine:
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-        self._model = None
+        self._model = self._cache = None
 
     @property
     def _loaded(self) -> KimiLinearForCausalLM:
@@ -101,58 +148,82 @@ class ReferenceEngine:
             raise RuntimeError("the engine is closed")
         return self._model
 
-    def _complete(
-        self, drafts: Sequence[_Draft], prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> None:
-        """Draws the tokens of `drafts`, all at once."""
-        places = sorted({draft.place for draft in drafts})
-        lengths = torch.tensor([0] + [len(prompts[place]) for place in places])
+    def _next_logits(self) -> torch.Tensor:
+        """Logits [N, V] of the running drafts' next tokens, once those that find a place are among them."""
+        logits, caches = [], []
+        if self._cache is not None:
+            last = torch.tensor([draft.token_ids[-1] for draft in self._running], device=self._device)
+            logits.append(self._loaded.decode(last, self._cache))
+            caches.append(self._cache)
+        room = min(self._max_num_seqs - len(self._running), len(self._waiting))
+        joining = [self._waiting.popleft() for _ in range(room)]
+        if joining:
+            joined_logits, joined_cache = self._read(joining)
+            logits.append(joined_logits)
+            caches.append(joined_cache)
+            self._running += joining
+        self._cache = caches[0] if len(caches) == 1 else GenerationCache.join(caches)
+        return torch.cat(logits)
+
+    def _read(self, drafts: Sequence[_Draft]) -> tuple[torch.Tensor, GenerationCache]:
+        """Reads prompts and what follows them so far. Samples of a prompt start from copies of its cache."""
+        texts = [tuple(draft.request.prompt_ids + draft.token_ids) for draft in drafts]
+        places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        lengths = torch.tensor([0] + [len(text) for text in places])
         logits, cache = self._loaded.prefill(
-            torch.tensor([token for place in places for token in prompts[place]], device=self._device),
+            torch.tensor([token for text in places for token in text], device=self._device),
             lengths.cumsum(0).to(self._device),
         )
-        # Samples of one prompt start from copies of its cache.
-        rows = torch.tensor([places.index(draft.place) for draft in drafts], device=self._device)
-        logits, cache = logits[rows], cache.select(rows)
-        active = list(drafts)
-        uniforms = torch.stack([draft.uniforms for draft in drafts]).to(self._device)
-        for step in range(sampling.max_tokens):
-            tokens, logprobs = sample(logits, sampling.temperature, uniforms[:, step])
-            for draft, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
-                draft.token_ids.append(token)
-                draft.logprobs.append(logprob)
-                draft.stopped = token in self._stop
-            going = torch.tensor([not draft.stopped for draft in active], device=self._device)
-            if step + 1 == sampling.max_tokens or not going.any():
-                return
-            if not going.all():
-                active = [draft for draft in active if not draft.stopped]
-                tokens, uniforms, cache = tokens[going], uniforms[going], cache.select(going)
-            logits = self._loaded.decode(tokens, cache)
+        rows = torch.tensor([places[text] for text in texts], device=self._device)
+        return logits[rows], cache.select(rows)
+
+    def _keep_running(self, kept: Sequence[bool]) -> None:
+        if all(kept):
+            return
+        self._running = [draft for draft, keep in zip(self._running, kept, strict=True) if keep]
+        if self._cache is not None:
+            rows = torch.tensor(kept, device=self._device)
+            self._cache = self._cache.select(rows) if self._running else None
+
+    def _take_finished(self, keys: Iterable[int]) -> list[FinishedGroup]:
+        finished = []
+        for key in keys:
+            drafts = self._groups[key]
+            if any(draft.finish_reason is None for draft in drafts):
+                continue
+            del self._groups[key]
+            completions = [
+                Completion(draft.token_ids, draft.logprobs, draft.weight_versions, draft.finish_reason)
+                for draft in drafts
+                if draft.finish_reason is not None
+            ]
+            finished.append(FinishedGroup(key, completions))
+        return finished
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, uniforms: torch.Tensor
+    logits: torch.Tensor, temperature: float | torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws a token per row by inverting the cumulative distribution at a uniform number.
 
     Args:
         logits: [N, V].
-        temperature: 0 is greedy; log-probabilities are then those at temperature 1, as vLLM reports them.
+        temperature: one for all rows, or [N]; 0 is greedy; log-probabilities are then those at temperature 1,
+            as vLLM reports them.
         uniforms: [N] float64 in [0, 1).
 
     Returns:
         tokens [N] int64 and their log-probabilities [N] float32.
     """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        cumulative = logprobs.double().exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        # Below the total even where the product rounds up to it: a token of probability 0 is never drawn.
-        targets = (uniforms.unsqueeze(-1) * total).minimum(total.nextafter(torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    temperatures = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device).expand(len(logits))
+    greedy = temperatures == 0
+    logprobs = (logits.float() / temperatures.masked_fill(greedy, 1.0).unsqueeze(-1)).log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total even where the product rounds up to it: a token of probability 0 is never drawn.
+    targets = (uniforms.unsqueeze(-1) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+    tokens = torch.where(greedy, logits.argmax(-1), drawn)
     return tokens, logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +21,15 @@ from transformers import KimiLinearConfig
 from kimi_linear.checkpoint import CONFIG_FILE, released_config
 from rlscale.errors import UserError
 from rlscale.memory import GIB, available_gpu_memory, available_memory
-from rlscale.rollout.engine import check_context, check_request, completion_seed, stop_token_ids
-from rlscale.types import Completion, FinishReason, GenerationReport, Sampling
+from rlscale.rollout.engine import (
+    InFlight,
+    RolloutEngine,
+    check_context,
+    check_requests,
+    completion_seed,
+    stop_token_ids,
+)
+from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest
 from rlscale.weights.base import account_for
 
 _CPU_BATCHED_TOKENS = 8192  # of one forward pass
@@ -44,12 +50,15 @@ def start_engine(
     max_num_seqs: int,
     cache_gib: float,
     planted_contexts: bool = False,
+    step_by_step: bool = False,
 ) -> Any:
     """vLLM's own engine, in this process, with weights that mean nothing yet.
 
     Args:
         model, dtype, context, max_num_seqs, cache_gib: as for `VLLMEngine`.
         planted_contexts: take contexts for computed where a request's name asks it; see `rollout.planted`.
+        step_by_step: begin no step before the last one's tokens are known. A step under way while weights
+            change would have its tokens labelled with the new version.
 
     Returns:
         `vllm.v1.engine.llm_engine.LLMEngine`.
@@ -93,6 +102,8 @@ def start_engine(
         "kv_transfer_config": connector,
     }
     arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments()
+    if step_by_step:
+        arguments["async_scheduling"] = False
     with tempfile.TemporaryDirectory(prefix="rlscale-model-") as folder:
         # As vLLM wants to see a model, but without weights: those come through `load_weights`.
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(released_config(model)))
@@ -150,7 +161,7 @@ def _gpu_arguments() -> dict[str, Any]:
     }
 
 
-class VLLMEngine:
+class VLLMEngine(RolloutEngine):
     """A `RolloutEngine` on vLLM. Latent cache and recurrent states are paged, sequences batched continuously.
 
     Prefix caching is off, so no state outlives the weights that computed it.
@@ -161,6 +172,7 @@ class VLLMEngine:
         context: longest prompt and completion together, in tokens.
         max_num_seqs: completions generated at the same time; the others wait.
         cache_gib: memory for latent cache and recurrent states, in GiB.
+        in_flight: what new weights mean for completions in the making; see `InFlight`.
 
     Raises:
         UserError: vLLM is not installed or does not serve this model on this device, the context exceeds the
@@ -168,7 +180,13 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, model: KimiLinearConfig, dtype: torch.dtype, context: int, max_num_seqs: int, cache_gib: float
+        self,
+        model: KimiLinearConfig,
+        dtype: torch.dtype,
+        context: int,
+        max_num_seqs: int,
+        cache_gib: float,
+        in_flight: InFlight = "refuse",
     ) -> None:
         check_context(model, context)
         if find_spec("vllm") is None:
@@ -178,12 +196,14 @@ class VLLMEngine:
             )
         self._context = context
         self._version: int | None = None
-        self._requests = 0
+        self._in_flight = in_flight
         self._stop_token_ids = stop_token_ids(model)
-        self._engine: Any = start_engine(model, dtype, context, max_num_seqs, cache_gib)
+        self._engine: Any = start_engine(
+            model, dtype, context, max_num_seqs, cache_gib, step_by_step=in_flight != "refuse"
+        )
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> GenerationReport:
-        """See `RolloutEngine.generate`.
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """See `RolloutEngine.submit`.
 
         With a seed, what is drawn depends on it and on a completion's place; without, on vLLM's own state.
         """
@@ -192,19 +212,18 @@ class VLLMEngine:
 
         if self._version is None:
             raise RuntimeError("the engine has no weights yet: sync before generating")
-        check_request(prompts, sampling, self._context)
-        started = time.perf_counter()
-        first = self._requests
-        for place, prompt in enumerate(prompts):
+        check_requests(requests, self._context)
+        for request in requests:
+            sampling = request.sampling
             seed = sampling.seed
             self._engine.add_request(
-                str(first + place),
-                {"prompt_token_ids": list(prompt)},
+                str(request.key),
+                {"prompt_token_ids": request.prompt_ids},
                 SamplingParams(
                     n=sampling.samples,
                     max_tokens=sampling.max_tokens,
                     temperature=sampling.temperature,
-                    seed=None if seed is None else completion_seed(seed, sampling.first_prompt + place, 0),
+                    seed=None if seed is None else completion_seed(seed, sampling.first_prompt, 0),
                     stop_token_ids=self._stop_token_ids,
                     logprobs=0,
                     flat_logprobs=True,
@@ -212,23 +231,32 @@ class VLLMEngine:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
             )
-        self._requests += len(prompts)
-        finished: dict[int, list[Completion]] = {}
-        try:
-            while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    finished[int(output.request_id) - first] = [_completion(o) for o in output.outputs]
-        except BaseException:
-            # What is left would run on inside the next call.
-            self._engine.abort_request([str(first + place) for place in range(len(prompts))])
-            raise
-        return GenerationReport([finished[i] for i in range(len(prompts))], time.perf_counter() - started)
+
+    def step(self) -> list[FinishedGroup]:
+        """See `RolloutEngine.step`."""
+        return [
+            FinishedGroup(int(output.request_id), [_completion(o) for o in output.outputs])
+            for output in self._engine.step()
+        ]
+
+    @property
+    def unfinished(self) -> int:
+        """See `RolloutEngine.unfinished`."""
+        return self._engine.get_num_unfinished_requests()
+
+    def abort(self, keys: Iterable[int]) -> None:
+        """See `RolloutEngine.abort`."""
+        self._engine.abort_request([str(key) for key in keys])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
+        self.check_in_flight(self._in_flight)
         self._engine.collective_rpc(_replace_weights, args=(weights,))
         self._version = version
         self._engine.set_weight_version(str(version))
+        if self._in_flight == "recompute":
+            # Back into the queue, first in line: what they have so far is read again as if it were a prompt.
+            self._engine.reset_prefix_cache(reset_running_requests=True)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` tokens takes from vLLM's pool, in whole blocks."""

@@ -30,13 +30,13 @@ class Synchronizer:
 
     How tensors travel is the manifest's affair: the learner's publisher makes it and `load_weights` of a
     rollout worker reads it, so another transport is another manifest, not another synchronizer. Versions
-    count up from 0 with each sync.
+    count up from `first_version` with each sync: from a checkpoint's step they go on as if uninterrupted.
     """
 
-    def __init__(self, learner: PublishesWeights, rollouts: LoadsWeights) -> None:
+    def __init__(self, learner: PublishesWeights, rollouts: LoadsWeights, first_version: int = 0) -> None:
         self._learner = learner
         self._rollouts = rollouts
-        self._next_version = 0
+        self._next_version = first_version
 
     def sync_weights(self) -> SyncReport:
         """See `WeightSynchronizer.sync_weights`.

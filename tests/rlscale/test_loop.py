@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_pool import LocalPool
 
 from rlscale.config import RunConfig, parse_config
-from rlscale.experience import collect
+from rlscale.experience import Prompt, Scorer, TrainingPrompts
 from rlscale.learner.learner import Learner, LearnerSpec
-from rlscale.loop import train, training_problems
+from rlscale.loop import train
 from rlscale.models import model_config, tokenizer_for
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.runs import RunFolder, read_run
 from rlscale.tasks import make_task
-from rlscale.types import Completion, GenerationReport, Sampling
+from rlscale.types import Completion
 from rlscale.weights.base import SyncReport
 
 
@@ -38,13 +39,13 @@ def settings(**changes: object) -> RunConfig:
 class Direct:
     """The synchronizer of one process: the engine reads the learner's own tensors."""
 
-    def __init__(self, learner: Learner, engine: ReferenceEngine) -> None:
-        self.learner, self.engine, self.version = learner, engine, -1
+    def __init__(self, learner: Learner, pool: LocalPool, first_version: int) -> None:
+        self.learner, self.pool, self.next_version = learner, pool, first_version
 
     def sync_weights(self) -> SyncReport:
-        self.version += 1
-        self.engine.load_weights(self.learner.named_weights(), self.version)
-        return SyncReport(self.version, 0, 0.0)
+        self.pool.version, self.next_version = self.next_version, self.next_version + 1
+        self.pool.engine.load_weights(self.learner.named_weights(), self.pool.version)
+        return SyncReport(self.pool.version, 0, 0.0)
 
     def close(self) -> None: ...
 
@@ -54,11 +55,13 @@ def run(config: RunConfig, folder: RunFolder, stop_after: int | None = None) -> 
     model = model_config(config.model, config.architecture)
     task = make_task(config.task.name, config.task.required_length, config.task.options)
     learner = LearnerSpec(model, torch.float32).build(config.learner, config.algorithm, config.seed)
-    if latest := folder.latest_checkpoint():
+    latest = folder.latest_checkpoint()
+    if latest:
         learner.load(latest[1])
-    engine = ReferenceEngine(model, torch.float32, 64, 64)
+    pool = LocalPool(ReferenceEngine(model, torch.float32, 64, 64))
+    weights = Direct(learner, pool, latest[0] if latest else 0)
     seen = []
-    steps = train(config, task, tokenizer_for(config.model), learner, engine, Direct(learner, engine), folder)
+    steps = train(config, task, tokenizer_for(config.model), learner, pool, weights, folder)
     for report in steps:
         seen.append(dict(report.metrics))
         if report.step == stop_after:
@@ -66,7 +69,7 @@ def run(config: RunConfig, folder: RunFolder, stop_after: int | None = None) -> 
     return seen
 
 
-TIMINGS = ("_s", "_per_s", "weight_version")
+TIMINGS = ("_s", "idle_fraction", "occupancy")
 
 
 def without_timings(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -107,16 +110,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_no_problem_is_drawn_twice_in_a_run_nor_by_two_seeds() -> None:
-    config = settings()
-    task = make_task("reversal", 12, {})
-    keys = [
-        p.key for s in (0, 1) for step in (1, 2, 3) for p in training_problems(task, _seeded(config, s), step)
-    ]
-    assert len(keys) == len(set(keys)) == 2 * 3 * config.rollout.prompts_per_step
-
-
-def _seeded(config: RunConfig, seed: int) -> RunConfig:
-    return config.model_copy(update={"seed": seed})
+    task, tokenizer = make_task("reversal", 12, {}), tokenizer_for(settings().model)
+    keys = [TrainingPrompts(task, tokenizer, seed).at(i).problem.key for seed in (0, 1) for i in range(12)]
+    assert len(keys) == len(set(keys)) == 2 * 12
 
 
 @pytest.mark.parametrize(
@@ -137,11 +133,8 @@ def test_only_the_answer_that_stops_by_itself_passes(
     problem = dataclasses.replace(task.problem("train", 0), prompt="abc=", answer="cba")
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (reason == "stop")
 
-    class Scripted:
-        def generate(self, _prompts: object, _sampling: object) -> GenerationReport:
-            return GenerationReport([[Completion(ids, [0.0] * len(ids), [0] * len(ids), reason)]], 1.0)
-
-    experience = collect(Scripted(), task, tokenizer, [problem], Sampling(4), "exact")
-    assert experience.rollouts[0].reward == reward
-    assert experience.passed == [passed]
-    assert experience.truncated_fraction == (reason == "length")
+    completion = Completion(ids, [0.0] * len(ids), [0] * len(ids), reason)
+    group = Scorer(task, tokenizer, "exact").score(Prompt(7, problem, [5]), [completion])
+    assert group.rollouts[0].reward == reward
+    assert group.rollouts[0].group == 7
+    assert group.passed == [passed]

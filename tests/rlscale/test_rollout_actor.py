@@ -16,7 +16,8 @@ from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.cluster import connect, reserve
 from rlscale.config import RolloutConfig
 from rlscale.errors import UserError
-from rlscale.rollout.actor import EngineSpec, RolloutPool, even_slices
+from rlscale.rollout.actor import EngineSpec
+from rlscale.rollout.pool import RolloutPool, even_slices
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.types import Completion, Sampling
 from rlscale.weights.shared_memory import SharedMemoryPublisher
@@ -87,7 +88,7 @@ def start(engine: str, **settings: float) -> Iterator[tuple[RolloutPool, Learner
     with reserve(RolloutPool.bundles(config)) as placement:
         pool = RolloutPool(EngineSpec(CONFIG, torch.float32, CONTEXT, config), placement)
         assert pool.ready() > 0
-        processes = [ray.get(worker.__ray_call__.remote(lambda _: os.getpid())) for worker in pool._workers]
+        processes = [ray.get(worker.__ray_call__.remote(lambda _: os.getpid())) for worker in pool.actors()]
         yield pool, learner, Synchronizer(learner, pool)
         pool.close()
         pool.close()
@@ -133,12 +134,12 @@ def test_a_pool_passes_on_what_its_engines_raise_in_one_line(reference):
 
 
 def test_the_death_of_a_worker_is_one_line_that_says_which():
-    config = RolloutConfig(engine="reference", workers=2, num_cpus=0.25)
+    config = RolloutConfig(engine="reference", workers=2, num_cpus=0.25, max_restarts=0)
     with reserve(RolloutPool.bundles(config)) as placement:
         pool = RolloutPool(EngineSpec(CONFIG, torch.float32, CONTEXT, config), placement)
         publisher = SharedMemoryPublisher()
         pool.load_weights(publisher.publish(named_released_tensors(random_model()), 0))
-        ray.kill(pool._workers[1])
+        ray.kill(pool.actors()[1])
         with pytest.raises(UserError, match=r"^rollout worker 1 of 2 died, [^\n]*$"):
             pool.generate([[5], [6]], Sampling(4))
         pool.close()
@@ -235,7 +236,7 @@ def test_vllm_cache_bytes_are_what_a_running_sequence_takes_from_the_pool(vllm):
         config = scheduler.kv_cache_config
         return result[0], used * (max(t.size for t in config.kv_cache_tensors) // config.num_blocks)
 
-    worker = pool._workers[0]
+    worker = pool.actors()[0]
     for prompt_tokens, steps in ((1, 1), (15, 2), (100, 1), (120, 9), (16, 3)):
         cached, size = ray.get(worker.__ray_call__.remote(taken, prompt_tokens, steps))
         assert cached >= prompt_tokens
@@ -258,7 +259,7 @@ def test_an_engine_without_memory_or_room_is_a_user_error_that_names_the_setting
             return str(error)
         return "started"
 
-    worker = pool._workers[0]
+    worker = pool.actors()[0]
     too_much = ray.get(worker.__ray_call__.remote(attempt, cache_gib=1e5))
     assert too_much.startswith("rollout.cache_gib=100000 exceeds the ")
     with pytest.raises(UserError, match="prompt 0 has 150 tokens and the budget is 11"):
