@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from rlscale.bubbles import StepWatch
 from rlscale.config import RunConfig
 from rlscale.experience import Scorer, TrainingPrompts, evaluate
+from rlscale.flops import step_flops
 from rlscale.learner.actor import LearnerGroup
 from rlscale.learner.advantages import assign_advantages
+from rlscale.models import model_config
 from rlscale.rollout.pool import RolloutPool
 from rlscale.runs.files import write_json
 from rlscale.runs.folder import RunFolder
@@ -71,6 +73,7 @@ def train(
     last, generated_tokens, wall_s = run.progress()
     first_seed = config.seed * _STEPS_PER_SEED
     sampling = Sampling(config.budget, config.rollout.samples_per_prompt, config.rollout.temperature)
+    model = model_config(config.model, config.architecture)
     source = experience_source(
         config.mode,
         rollouts,
@@ -104,6 +107,7 @@ def train(
                 metrics |= {"sync_s": synced.wall_s, "weight_version": synced.version}
                 metrics |= {"generated_tokens": generated_tokens, "wall_s": wall_s}
                 metrics |= {"cache_bytes_per_sequence": rollouts.cache_bytes(experience.longest_sequence)}
+                metrics |= step_flops(model, experience.rollouts)
                 run.log_metrics(step, metrics)
 
             evaluation: dict[str, Any] = {}
