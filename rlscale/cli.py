@@ -1,4 +1,4 @@
-"""The command line: run, sweep, plot, model, settings, tasks.
+"""The command line: run, sweep, sft, plot, model, algorithms, settings, tasks.
 
 Imports that take seconds (torch, Ray, vLLM) stay inside the commands, so that `--help` answers at once.
 """
@@ -103,6 +103,31 @@ def sweep(
 
 
 @app.command()
+def sft(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune on prompts and completions, from random weights or any checkpoint in the released format.
+
+    The output folder becomes a checkpoint that a run takes as `model.checkpoint`.
+    """
+    from rlscale.config import FineTuneConfig, load_config
+    from rlscale.fine_tuning import fine_tune
+
+    settings = load_config(FineTuneConfig, config, overrides or [])
+    folder = output or Path("runs") / config.stem
+    fine_tune(
+        settings,
+        folder,
+        overwrite=overwrite,
+        on_progress=lambda step, loss: typer.echo(f"step {step}/{settings.steps}, loss {loss:.4f}"),
+    )
+    typer.echo(f"checkpoint in {folder}; start RL from it with: model.checkpoint={folder}")
+
+
+@app.command()
 def plot(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or sweeps of runs.")],
     output: Annotated[
@@ -130,12 +155,40 @@ def model(
 
 
 @app.command()
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One algorithm, with its settings.")
+    ] = None,
+) -> None:
+    """List the algorithms that `algorithm.kind` chooses from, or show the settings of one."""
+    from rlscale.config import RunConfig
+    from rlscale.sections import describe_settings, sections, tags
+
+    members = {tags(member)[0]: member for member in sections(RunConfig.model_fields["algorithm"].annotation)}
+    if name is not None and name not in members:
+        raise UserError(f"unknown algorithm '{name}': known are {', '.join(members)}")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    if name is None:
+        for column in ("algorithm.kind", "what it is"):
+            table.add_column(column)
+        for kind, member in members.items():
+            table.add_row(kind, escape(" ".join((member.__doc__ or "").split())))
+    else:
+        table.add_column("setting", no_wrap=True)
+        for column in ("default", ""):
+            table.add_column(column)
+        for key, default, explanation in describe_settings(members[name], "algorithm."):
+            table.add_row(escape(key), escape(default), escape(explanation))
+    Console().print(table)
+
+
+@app.command()
 def settings() -> None:
-    """List every setting of `run`, and the axes of `sweep`, with defaults and explanations.
+    """List every setting of `run`, the axes of `sweep` and the settings of `sft`, with explanations.
 
     A sweep's config holds the settings of its runs under `run`.
     """
-    from rlscale.config import RunConfig, SweepConfig
+    from rlscale.config import FineTuneConfig, RunConfig, SweepConfig
     from rlscale.sections import describe_settings
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -143,7 +196,8 @@ def settings() -> None:
     table.add_column("default")
     table.add_column("")
     axes = [row for row in describe_settings(SweepConfig) if not row[0].startswith("run.")]
-    for group, rows in (("run", describe_settings(RunConfig)), ("sweep", axes)):
+    fine_tuning = describe_settings(FineTuneConfig)
+    for group, rows in (("run", describe_settings(RunConfig)), ("sweep", axes), ("sft", fine_tuning)):
         table.add_row(f"[bold]{group}[/]")
         for key, default, explanation in rows:
             table.add_row(escape(key), escape(default), escape(explanation))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from rlscale.algorithms import AlgorithmConfig, DrGRPOConfig, GRPOConfig
+from rlscale.algorithms import AlgorithmConfig, Data, DrGRPOConfig, GRPOConfig
 from rlscale.errors import UserError
 from rlscale.sections import TAG, Section, locate
 
@@ -251,7 +251,30 @@ class SweepConfig(Section):
             )
 
 
-C = TypeVar("C", RunConfig, SweepConfig)
+class FineTuneConfig(Section):
+    """Supervised fine-tuning, which leaves a checkpoint that `model.checkpoint` of a run takes."""
+
+    architecture: Architecture = "hybrid"
+    """hybrid: KDA and MLA as the preset says. mla: its full-MLA twin."""
+    seed: int = Field(0, ge=0)
+    """Of initial weights and the order of the examples."""
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    data: Data = "solutions"
+    """A file of JSON lines with `prompt` and `completion`, or `solutions`: those of `task`."""
+    batch_size: int = Field(64, ge=1)
+    """Examples per step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """AdamW's, on float32 weights whatever `model.dtype` they are saved in."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear warm-up from 0; constant afterwards."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+
+
+C = TypeVar("C", RunConfig, SweepConfig, FineTuneConfig)
 
 
 def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:

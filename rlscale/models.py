@@ -55,6 +55,20 @@ def tokenizer_for(config: ModelConfig) -> PreTrainedTokenizerBase:
     return build_tokenizer()
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: KimiLinearConfig) -> None:
+    """Refuses a tokenizer that is not the model's.
+
+    Raises:
+        UserError: more tokens than the model knows, or another end-of-sequence token.
+    """
+    if len(tokenizer) > model.vocab_size or tokenizer.eos_token_id != model.eos_token_id:
+        raise UserError(
+            f"the tokenizer ({len(tokenizer)} tokens, end-of-sequence {tokenizer.eos_token_id}) is not the "
+            f"model's ({model.vocab_size}, {model.eos_token_id}): set both in model.overrides, or put the "
+            "checkpoint's tokenizer into its folder"
+        )
+
+
 def comparison_table(name: str) -> Table:
     """A preset beside its full-MLA twin: parameters, cache in its released dtypes, and break-even length.
 

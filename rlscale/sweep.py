@@ -19,7 +19,7 @@ from rlscale import cluster
 from rlscale.config import RunConfig, SweepConfig
 from rlscale.errors import UserError
 from rlscale.events import RunEvent
-from rlscale.models import model_config, tokenizer_for
+from rlscale.models import check_tokenizer, model_config, tokenizer_for
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
@@ -111,12 +111,7 @@ def check(config: RunConfig) -> None:
     task = make_task(config.task.name, config.task.required_length, config.task.options)
     model = model_config(config.model, config.architecture)
     tokenizer = tokenizer_for(config.model)
-    if len(tokenizer) > model.vocab_size or tokenizer.eos_token_id != model.eos_token_id:
-        raise UserError(
-            f"the tokenizer ({len(tokenizer)} tokens, end-of-sequence {tokenizer.eos_token_id}) is not the "
-            f"model's ({model.vocab_size}, {model.eos_token_id}): set both in model.overrides, or put the "
-            "checkpoint's tokenizer into its folder"
-        )
+    check_tokenizer(tokenizer, model)
     prompt = len(encode_prompt(tokenizer, task.problem("train", 0).prompt))
     longest = prompt + config.budget
     if longest > model.max_position_embeddings:

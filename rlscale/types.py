@@ -88,6 +88,15 @@ class Problem:
     key: int
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and the completion to imitate, as token ids; the completion ends with the end-of-sequence
+    token."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
 @dataclass(slots=True)
 class Rollout:
     """A completion with all the learner needs to train on it.

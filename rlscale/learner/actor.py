@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlscale.cluster import gather
 from rlscale.config import AlgorithmConfig, LearnerConfig, WarmStartConfig
 from rlscale.learner.learner import Learner, LearnerSpec, threads
-from rlscale.types import Rollout
+from rlscale.types import Example, Rollout
 from rlscale.weights.shared_memory import SharedMemoryPublisher, WeightManifest
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ class LearnerWorker:
                 trainer.join()
                 return
 
-    def train_step(self, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float]:
-        return self.learner.train_step(rollouts, temperature)
+    def train_step(
+        self, rollouts: Sequence[Rollout], temperature: float, examples: Sequence[Example]
+    ) -> dict[str, float]:
+        return self.learner.train_step(rollouts, temperature, examples)
 
     def publish_weights(self, version: int) -> WeightManifest:
         return self._publisher.publish(self.learner.named_weights(), version)
@@ -139,13 +141,15 @@ class LearnerGroup:
         for future in self._worker.warm_start.remote(task, tokenizer, config, seed):
             yield gather([future], "learner")[0]
 
-    def train_step(self, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float]:
+    def train_step(
+        self, rollouts: Sequence[Rollout], temperature: float, examples: Sequence[Example] = ()
+    ) -> dict[str, float]:
         """See `Learner.train_step`.
 
         Raises:
             UserError: the batch does not fit the configuration, or the worker has died.
         """
-        return self._call("train_step", list(rollouts), temperature)
+        return self._call("train_step", list(rollouts), temperature, list(examples))
 
     def publish_weights(self, version: int) -> WeightManifest:
         """Makes the current weights readable under `version` on the learner's machine.

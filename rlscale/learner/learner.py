@@ -24,7 +24,7 @@ from kimi_linear.checkpoint import (
     tensor_files,
 )
 from kimi_linear.model import KimiLinearForCausalLM
-from rlscale.algorithms import AlgorithmConfig, NoCorrection
+from rlscale.algorithms import AlgorithmConfig, MirrorDescentConfig, NoCorrection
 from rlscale.config import LearnerConfig, WarmStartConfig
 from rlscale.errors import UserError
 from rlscale.learner.importance import importance_weights, mismatch_metrics
@@ -32,8 +32,8 @@ from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.losses import PolicyTokens, policy_loss
 from rlscale.learner.metrics import Metrics, combined
 from rlscale.learner.optimizer import Optimizer
-from rlscale.learner.packing import MicroBatch, MinibatchTotals, pack
-from rlscale.types import Rollout
+from rlscale.learner.packing import MicroBatch, MinibatchTotals, pack, pack_examples
+from rlscale.types import Example, Rollout
 
 if TYPE_CHECKING:
     from rlscale.learner.warm_start import WarmStartReport
@@ -70,12 +70,20 @@ class LearnerSpec:
         device = torch.device("cuda" if config.num_gpus else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"learner.num_gpus = {config.num_gpus:g} but PyTorch sees no GPU: set it to 0")
+        return Learner(self.policy(seed).to(device), config, algorithm)
+
+    def policy(self, seed: int) -> KimiLinearForCausalLM:
+        """The model with its weights, on the CPU: the checkpoint's, or random ones of this seed.
+
+        Raises:
+            UserError: a checkpoint that is missing, torn or of another shape.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = KimiLinearForCausalLM(self.model)
         if self.checkpoint is not None:
             _load_weights(model, self.checkpoint)
-        return Learner(model.to(device, self.dtype), config, algorithm)
+        return model.to(self.dtype)
 
 
 class Learner:
@@ -89,7 +97,9 @@ class Learner:
         self._algorithm = algorithm
         self._start_afresh()
 
-    def train_step(self, rollouts: Sequence[Rollout], temperature: float) -> dict[str, float]:
+    def train_step(
+        self, rollouts: Sequence[Rollout], temperature: float, examples: Sequence[Example] = ()
+    ) -> dict[str, float]:
         """One RL step: `updates_per_step` optimizer steps, each on its share of the prompts.
 
         An update whose loss or gradient is not finite is skipped: the weights stay as they are. Fewer prompts
@@ -98,16 +108,18 @@ class Learner:
         Args:
             rollouts: with their advantages.
             temperature: that they were drawn with.
+            examples: for the algorithm's supervised loss, shared by the updates.
 
         Returns:
-            Means over the updates of `loss`, `grad_norm` (before clipping), `entropy` (nats a token) and what
-            the algorithm reports, see `policy_loss`. Before the first update, over its tokens, how far
-            learner and rollout are apart, see `mismatch_metrics`. `learning_rate`; `skipped` (updates);
-            `tokens` (trained on, prompts included); `train_s`; `learner_tokens_per_s`.
+            Means over the updates of `loss`, `grad_norm` (before clipping), `entropy` (nats a token), what
+            the algorithm reports, see `policy_loss`, and with examples `ptx_loss`, the mean of -log π over
+            their tokens. Before the first update, over its tokens, how far learner and rollout are apart, see
+            `mismatch_metrics`. `learning_rate`; `skipped` (updates); `tokens` (of rollouts, prompts
+            included); `train_s`; `learner_tokens_per_s`.
 
         Raises:
             UserError: a sequence longer than `tokens_per_micro_batch`.
-            ValueError: no rollouts.
+            ValueError: no rollouts, or examples for an algorithm that has no use for them.
         """
         if not rollouts:
             raise ValueError("there are no rollouts to train on")
@@ -119,8 +131,15 @@ class Learner:
         batches = [pack(minibatch, self._config.tokens_per_micro_batch) for minibatch in minibatches]
         olds = self._old_logprobs(batches, temperature)
         updates = [
-            self._update(micro_batches, old, MinibatchTotals.of(minibatch), temperature, learning_rate)
-            for micro_batches, old, minibatch in zip(batches, olds, minibatches, strict=True)
+            self._update(
+                micro_batches,
+                olds[i],
+                MinibatchTotals.of(minibatches[i]),
+                examples[i :: len(batches)],
+                temperature,
+                learning_rate,
+            )
+            for i, micro_batches in enumerate(batches)
         ]
 
         metrics = {name: fmean(update[name] for update in updates) for name in updates[-1]}
@@ -217,6 +236,7 @@ class Learner:
         micro_batches: Sequence[MicroBatch],
         old_logprobs: Sequence[torch.Tensor | None],
         totals: MinibatchTotals,
+        examples: Sequence[Example],
         temperature: float,
         learning_rate: float,
     ) -> dict[str, float]:
@@ -226,6 +246,8 @@ class Learner:
             for batch, old in zip(micro_batches, old_logprobs, strict=True):
                 shares = self._backward(batch.to(self._device), old, totals, temperature)
                 sums = combined(sums, shares)
+            if examples:
+                sums |= self._imitate(examples, sums["loss"])
             grad_norm, stepped = self._optimizer.step(learning_rate, sums["loss"])
         finally:
             self._optimizer.zero_grad()
@@ -264,6 +286,19 @@ class Learner:
                 now, batch.rollout_logprobs, batch.lengths, correction, totals.tokens, totals.sequences
             )
         return shares
+
+    def _imitate(self, examples: Sequence[Example], policy_loss: torch.Tensor) -> Metrics:
+        """Adds the gradient of the algorithm's supervised loss; returns that loss, and both as `loss`."""
+        if not isinstance(self._algorithm, MirrorDescentConfig):
+            raise ValueError(f"algorithm '{self._algorithm.kind}' has no supervised loss")
+        weight = self._algorithm.ptx.weight
+        tokens = sum(len(example.completion_ids) for example in examples)
+        total = torch.zeros_like(policy_loss)
+        for batch in pack_examples(examples, self._config.tokens_per_micro_batch):
+            loss = -self._logprobs(batch.to(self._device), temperature=1.0)[0].sum() / tokens
+            (weight * loss).backward()
+            total += loss.detach()
+        return {"ptx_loss": total, "loss": policy_loss + weight * total}
 
     def _logprobs(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [N] with gradient and entropies [N] of a micro-batch's completion tokens."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rlscale.errors import UserError
-from rlscale.types import Rollout
+from rlscale.types import Completion, Example, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,21 @@ def pack(rollouts: Sequence[Rollout], tokens_per_micro_batch: int) -> list[Micro
     return [
         _micro_batch(rollouts, chosen) for chosen in first_fit_decreasing(lengths, tokens_per_micro_batch)
     ]
+
+
+def pack_examples(examples: Sequence[Example], tokens_per_micro_batch: int) -> list[MicroBatch]:
+    """Packs supervised examples as if they were rollouts of probability 1 without advantage; raises as
+    `pack`."""
+    rollouts = [
+        Rollout(
+            example.prompt_ids,
+            Completion(example.completion_ids, [0.0] * len(example.completion_ids), [], "stop"),
+            0.0,
+            group,
+        )
+        for group, example in enumerate(examples)
+    ]
+    return pack(rollouts, tokens_per_micro_batch)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from datasets.iterable_dataset import ExamplesIterable, IterableDataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlscale.config import WarmStartConfig
 from rlscale.errors import UserError
-from rlscale.tasks import Task, encode_prompt, encode_text
-from rlscale.types import Problem
+from rlscale.learner.examples import Solutions, encode_example
+from rlscale.learner.supervised import IGNORED, Schedule, padded, train_supervised
+from rlscale.tasks import Task
+from rlscale.types import Example, Problem
 
-IGNORED = -100
 VALIDATION_PROBLEMS = 128
 LR_WARMUP_STEPS = 20
-# Solutions come from the upper half of a seed's training keys, RL's problems from the lower.
-_KEYS_PER_SEED = 1 << 32
-_FIRST_KEY = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +59,14 @@ def warm_start(
     started = time.perf_counter()
     was_training = model.training
     validation = [task.problem("validation", key) for key in range(VALIDATION_PROBLEMS)]
-    examples = [_Example.of(tokenizer, problem) for problem in validation]
-    progress = _StopAtTarget(examples, tokenizer, config, on_progress)
-    progress.look(model, step=0)
+    examples = [_solved(tokenizer, problem) for problem in validation]
+    progress = _StopAtTarget(model, examples, tokenizer, config, on_progress)
+    progress.look(step=0)
+    tokens = 0
     if not progress.reached:
-        _train(model, tokenizer, task, config, seed, progress)
+        schedule = Schedule(config.max_steps, config.batch_size, config.learning_rate, LR_WARMUP_STEPS)
+        solutions = Solutions(task, tokenizer, seed)
+        tokens = train_supervised(model, tokenizer, solutions, schedule, seed, progress.after_step)
     model.train(was_training)
     if not progress.reached:
         raise UserError(
@@ -86,7 +75,7 @@ def warm_start(
             "warm_start.target_pass_rate or the task's difficulty"
         )
     wall_s = time.perf_counter() - started
-    return WarmStartReport(progress.step, progress.pass_rate, wall_s, progress.tokens)
+    return WarmStartReport(progress.step, progress.pass_rate, wall_s, tokens)
 
 
 @torch.no_grad()
@@ -100,153 +89,54 @@ def pass_rate(
     For one problem it is exp(Σ_t log π(answer_t | prompt, answer_<t)), end-of-sequence included. Where a task
     accepts other answers too, this is a lower bound of the pass rate.
     """
-    return _pass_rate(model, tokenizer, [_Example.of(tokenizer, problem) for problem in problems])
+    return _pass_rate(model, tokenizer, [_solved(tokenizer, problem) for problem in problems])
 
 
-@dataclass(frozen=True, slots=True)
-class _Example:
-    """A prompt with its solution: token ids, and the same with the prompt masked."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> _Example:
-        prompt = encode_prompt(tokenizer, problem.prompt)
-        solution = [*encode_text(tokenizer, problem.answer), tokenizer.eos_token_id]
-        return cls([*prompt, *solution], [*[IGNORED] * len(prompt), *solution])
+def _solved(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Example:
+    return encode_example(tokenizer, problem.prompt, problem.answer)
 
 
-class _Trainer(SFTTrainer):
-    """SFTTrainer with the model's own loss, which spares the token statistics that nobody here reads."""
-
-    tokens = 0
-
-    def compute_loss(
-        self,
-        model: PreTrainedModel,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        self.tokens += int(inputs["attention_mask"].sum())
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-
-class _StopAtTarget(TrainerCallback):
+class _StopAtTarget:
     """Measures the pass rate every `evaluate_every` steps and ends the training once it is reached."""
 
     def __init__(
         self,
-        examples: list[_Example],
+        model: PreTrainedModel,
+        examples: list[Example],
         tokenizer: PreTrainedTokenizerBase,
         config: WarmStartConfig,
         on_progress: Callable[[int, float], None] | None,
     ) -> None:
+        self.model = model
         self.examples = examples
         self.tokenizer = tokenizer
         self.config = config
         self.on_progress = on_progress
         self.step = 0
-        self.tokens = 0
         self.pass_rate = 0.0
 
     @property
     def reached(self) -> bool:
         return self.pass_rate >= self.config.target_pass_rate
 
-    def look(self, model: PreTrainedModel, step: int) -> None:
+    def look(self, step: int) -> None:
         self.step = step
-        self.pass_rate = _pass_rate(model, self.tokenizer, self.examples)
+        self.pass_rate = _pass_rate(self.model, self.tokenizer, self.examples)
         if self.on_progress is not None:
             self.on_progress(step, self.pass_rate)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **_: Any,
-    ) -> TrainerControl:
-        assert model is not None
-        if state.global_step % self.config.evaluate_every == 0 or state.global_step == args.max_steps:
-            self.look(model, state.global_step)
-            control.should_training_stop = control.should_training_stop or self.reached
-        return control
-
-
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    config: WarmStartConfig,
-    seed: int,
-    progress: _StopAtTarget,
-) -> None:
-    def solutions() -> Iterator[tuple[int, dict[str, list[int]]]]:
-        for key in range(seed * _KEYS_PER_SEED + _FIRST_KEY, (seed + 1) * _KEYS_PER_SEED):
-            example = _Example.of(tokenizer, task.problem("train", key))
-            yield key, {"input_ids": example.input_ids, "labels": example.labels}
-
-    forward = model.__dict__.get("forward")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            max_steps=config.max_steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=LR_WARMUP_STEPS,
-            seed=seed,
-            use_cpu=model.device.type == "cpu",
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_pin_memory=False,
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            # IterableDataset.from_generator would do too, but leaves locks in the user's cache folder.
-            train_dataset=IterableDataset(ExamplesIterable(solutions, {})),
-            processing_class=tokenizer,
-            callbacks=[progress],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        finally:
-            progress.tokens = trainer.tokens
-            model.zero_grad(set_to_none=True)
-            # SFTTrainer replaces the instance's forward, which no later user of the model expects.
-            if forward is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.forward = forward
+    def after_step(self, step: int, _loss: torch.Tensor) -> bool:
+        if step % self.config.evaluate_every == 0 or step == self.config.max_steps:
+            self.look(step)
+        return self.reached
 
 
 def _pass_rate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[_Example]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> float:
     was_training = model.training
     model.eval()
-    longest = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(examples), longest), IGNORED)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        labels[row, :length] = torch.tensor(example.labels)
-        mask[row, :length] = 1
+    ids, labels, mask = padded(examples, tokenizer)
     with torch.no_grad():
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, :-1]
         targets = labels[:, 1:].to(logits.device)

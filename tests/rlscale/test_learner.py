@@ -23,6 +23,7 @@ from rlscale.algorithms import (
     GSPOConfig,
     MirrorDescentConfig,
     NoCorrection,
+    PTXConfig,
     RLOOConfig,
     ScaleRLConfig,
 )
@@ -35,7 +36,7 @@ from rlscale.learner.losses import PolicyTokens, policy_loss
 from rlscale.learner.optimizer import Optimizer
 from rlscale.learner.packing import MinibatchTotals
 from rlscale.learner.warm_start import WarmStartReport
-from rlscale.types import Completion, Rollout
+from rlscale.types import Completion, Example, Rollout
 
 VOCABULARY = 32
 
@@ -378,6 +379,32 @@ def test_forced_tokens_are_read_and_not_trained_on() -> None:
     )
     losses = [learner().train_step([rollout], temperature=1.0)["loss"] for rollout in (plain, forced)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_supervised_loss_is_the_mean_over_completion_tokens_and_adds_its_gradient() -> None:
+    rollouts = draw_rollouts(seed=12)
+    for rollout in rollouts:
+        rollout.advantage = 0.0  # the policy's own gradient is 0 then, whatever its loss
+    examples = [Example(r.prompt_ids, r.completion.token_ids) for r in draw_rollouts(seed=13)]
+    algorithm = MirrorDescentConfig(ptx=PTXConfig(weight=0.5))
+    config = LearnerConfig(tokens_per_micro_batch=60, warmup_steps=0)
+    ours = learner(config=config, algorithm=algorithm)
+    model = learner().model
+    logprobs = torch.cat([plain_logprobs(model, imitated(example), 1.0) for example in examples])
+    (-0.5 * logprobs.mean()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    metrics = ours.train_step(rollouts, temperature=0.7, examples=examples)
+    assert metrics["ptx_loss"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(-0.5 * logprobs.mean().item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert "ptx_loss" not in ours.train_step(rollouts, temperature=1.0)
+    with pytest.raises(ValueError, match="'grpo' has no supervised loss"):
+        learner().train_step(rollouts, temperature=1.0, examples=examples)
+
+
+def imitated(example: Example) -> Rollout:
+    ids = example.completion_ids
+    return Rollout(example.prompt_ids, Completion(ids, [0.0] * len(ids), [0] * len(ids), "stop"), 0.0, 0)
 
 
 def test_a_seed_gives_the_same_learner_and_the_same_steps_and_another_seed_another() -> None:
