@@ -24,7 +24,7 @@ _GRID_MID, _GRID_B = 64, 48
 _B_RANGE = (0.1, 32.0)
 _MID_BEYOND = 8.0  # the grid of C_mid reaches this factor beyond the computes on both sides
 _CHUNK = 512  # bootstrap samples searched at a time
-_ROUNDS, _ROUNDS_OF_SAMPLES = 300, 40  # of the pattern search; samples need no more digits than they spread
+_ROUNDS, _ROUNDS_OF_SAMPLES = 300, 20  # of the pattern search; samples need no more digits than they spread
 
 
 class FitRefused(ValueError):

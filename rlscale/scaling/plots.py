@@ -1,8 +1,10 @@
 """The figures of a sweep, each as PNG and SVG.
 
-    pass_rate_steps, pass_rate_tokens, pass_rate_time   held-out pass rate against the three costs
+    pass_rate_steps, pass_rate_tokens, pass_rate_time   held-out pass rate against three costs
+    scaling_tokens, scaling_flops, scaling_hours        the same with fitted sigmoids and their extrapolation
+    asymptotes                                          what the fits say against length
     throughput, cache                                   rollout tokens/s and cache bytes against length
-    ratio                                               hybrid over full MLA against length
+    ratio, crossing                                     hybrid over full MLA, from which length it leads
     diagnostics, step_time                              what to look at when a curve looks odd
 
 Any set of runs will do: one run, one length, one architecture, unfinished runs. Figures that the records
@@ -11,20 +13,36 @@ cannot carry are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rlscale.errors import UserError
 from rlscale.runs import RunRecord, find_runs
 from rlscale.scaling import style
+from rlscale.scaling.crossing import crossings
+from rlscale.scaling.curve_plots import asymptotes, crossing_lengths, scaling_curves
+from rlscale.scaling.curves import fit_cells
+from rlscale.scaling.panels import (
+    CLAIM_LINES,
+    Cells,
+    architectures_of,
+    budget_handles,
+    budget_look,
+    cell_title,
+    cells_with,
+    cost_axis,
+    from_zero,
+    legend,
+    place_legend,
+    runs_of,
+    seed_lines,
+)
 from rlscale.scaling.series import (
     Cell,
     by_cell,
@@ -38,7 +56,13 @@ from rlscale.scaling.series import (
 from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, Look
 from rlscale.scaling.summary import Ratio, hybrid_to_mla, summarise
 
-Cells = dict[Cell, dict[str, list[RunRecord]]]
+# Hybrid over MLA in the Kimi Linear paper (arXiv:2510.26692, abstract and figure 1), for the 48B model at
+# 1M tokens: what lines in figures are drawn at, as multiples of the MLA measured here.
+_THROUGHPUT_CLAIMS = {
+    2.2: "MLA × 2.2: paper, 1M tokens, 1 sequence",
+    6.3: "MLA × 6.3: paper, 1M tokens, full",
+}
+_CACHE_CLAIMS = {0.25: "MLA × 0.25: paper, 1M tokens"}
 
 
 def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -68,13 +92,24 @@ def figures(runs: Sequence[RunRecord]) -> dict[str, Figure]:
     """
     require_comparable(runs)
     cells = by_cell(runs)
+    rows = summarise(runs)
+    fitted = {axis: fit_cells(cells, axis) for axis in ("generated_tokens", "flops", "device_hours")}
     drawn = {
         "pass_rate_steps": _pass_rates(cells, "step"),
         "pass_rate_tokens": _pass_rates(cells, "generated_tokens"),
         "pass_rate_time": _pass_rates(cells, "wall_s"),
-        "throughput": _against_length(cells, "rollout_tokens_per_s", "rollout tokens per second", 1.0),
-        "cache": _against_length(cells, "cache_bytes_per_sequence", "cache per sequence (KiB)", 1 / 1024),
-        "ratio": _ratios(hybrid_to_mla(summarise(runs))),
+        "scaling_tokens": scaling_curves(fitted["generated_tokens"]),
+        "scaling_flops": scaling_curves(fitted["flops"]),
+        "scaling_hours": scaling_curves(fitted["device_hours"]),
+        "asymptotes": asymptotes(fitted["generated_tokens"]),
+        "throughput": _against_length(
+            cells, "rollout_tokens_per_s", "rollout tokens per second", 1.0, _THROUGHPUT_CLAIMS
+        ),
+        "cache": _against_length(
+            cells, "cache_bytes_per_sequence", "cache per sequence (KiB)", 1 / 1024, _CACHE_CLAIMS
+        ),
+        "ratio": _ratios(hybrid_to_mla(rows)),
+        "crossing": crossing_lengths(crossings(rows)),
         "diagnostics": _diagnostics(cells),
         "step_time": _step_times(cells),
     }
@@ -83,20 +118,20 @@ def figures(runs: Sequence[RunRecord]) -> dict[str, Figure]:
 
 def _pass_rates(cells: Cells, x: str) -> Figure | None:
     """Held-out pass rate against `x`: a panel per cell, seeds thin, their mean bold with its interval."""
-    cells = _cells_with(cells, lambda run: curve(run.evaluations, x, "pass_rate").x.size > 0)
+    cells = cells_with(cells, lambda run: curve(run.evaluations, x, "pass_rate").x.size > 0)
     if not cells:
         return None
     columns = {1: 1, 2: 2, 4: 2}.get(len(cells), 3)
     rows = -(-len(cells) // columns)
     figure, grid = style.new_figure(rows, columns)
     panels = [panel for row in grid for panel in row]
-    scale, label = _cost_axis(x, [r.get(x) or 0 for run in _runs(cells) for r in run.evaluations])
+    scale, label = cost_axis(x, [r.get(x) or 0 for run in runs_of(cells) for r in run.evaluations])
     banded = False
     for panel, (cell, architectures) in zip(panels, cells.items(), strict=False):
         for architecture, runs in architectures.items():
             look = ARCHITECTURES[architecture]
             seeds = [run.evaluations for run in runs]
-            _seed_lines(panel, seeds, x, "pass_rate", look, scale)
+            seed_lines(panel, seeds, x, "pass_rate", look, scale)
             mean = mean_over_seeds(seeds, x, "pass_rate")
             panel.plot(mean.x * scale, mean.y, color=look.colour, ls=look.line, marker=look.marker, zorder=3)
             prompts = prompts_evaluated(runs)
@@ -105,10 +140,10 @@ def _pass_rates(cells: Cells, x: str) -> Figure | None:
                 panel.fill_between(mean.x * scale, low, high, color=look.colour, alpha=0.15, lw=0)
                 banded = True
         panel.set_ylim(-0.02, 1.02)
-        _from_zero(panel, 5, integer=x == "step")
+        from_zero(panel, 5, integer=x == "step")
         if x == "generated_tokens":
             panel.xaxis.set_major_formatter(style.engineering())
-        panel.set_title(_cell_title(cell, cells))
+        panel.set_title(cell_title(cell, cells))
     for panel in panels[len(cells) :]:
         panel.remove()
     for i, panel in enumerate(panels[: len(cells)]):
@@ -118,18 +153,23 @@ def _pass_rates(cells: Cells, x: str) -> Figure | None:
             panel.tick_params(labelleft=False)
         if i + columns >= len(cells):
             panel.set_xlabel(label)
-    _legend(figure, cells, banded=banded)
+    legend(figure, cells, banded=banded)
     return figure
 
 
-def _against_length(cells: Cells, name: str, label: str, scale: float) -> Figure | None:
-    """A metric's median over steps against the required length: dots are runs, the line is their mean."""
-    cells = _cells_with(cells, lambda run: over_steps(run, name) is not None)
+def _against_length(
+    cells: Cells, name: str, label: str, scale: float, claims: dict[float, str]
+) -> Figure | None:
+    """A metric's median over steps against the required length: dots are runs, the line is their mean.
+
+    `claims` are factors of the MLA's mean that get a thin line each, and what it says.
+    """
+    cells = cells_with(cells, lambda run: over_steps(run, name) is not None)
     if not cells:
         return None
     figure, [[panel]] = style.new_figure(1, 1, panel_height=2.3)
     ratios = sorted({cell.budget_ratio for cell in cells})
-    for architecture in _architectures(cells):
+    for architecture in architectures_of(cells):
         look = ARCHITECTURES[architecture]
         for ratio in ratios:
             lengths, means = [], []
@@ -149,13 +189,23 @@ def _against_length(cells: Cells, name: str, label: str, scale: float) -> Figure
                     )
                 lengths.append(cell.required_length)
                 means.append(float(np.mean(values)))
-            panel.plot(lengths, means, color=look.colour, ls=look.line, **_budget_look(look, ratio, ratios))
-    panel.set_ylim(0, panel.get_ylim()[1] * 1.08)
-    if panel.get_ylim()[1] >= 10_000:
-        panel.yaxis.set_major_formatter(style.engineering())
+            panel.plot(lengths, means, color=look.colour, ls=look.line, **budget_look(look, ratio, ratios))
+            if architecture == "mla" and ratio == ratios[0]:
+                for line, factor in zip(CLAIM_LINES, claims, strict=False):
+                    panel.plot(lengths, [factor * mean for mean in means], color=GREY, lw=0.9, ls=line)
+    panel.set_yscale("log")
+    low, high = panel.dataLim.intervaly
+    panel.set_ylim(low / 1.2, high * 1.2)
+    style.log_ticks(panel)
     panel.set_ylabel(label)
     style.length_axis(panel, [cell.required_length for cell in cells])
-    _legend(figure, cells, budgets=ratios, seeds=False)
+    legend(
+        figure,
+        cells,
+        budgets=ratios,
+        seeds=False,
+        claims=tuple(claims.values()) if "mla" in architectures_of(cells) else (),
+    )
     return figure
 
 
@@ -179,7 +229,7 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
         for budget in budgets:
             found = [r for r in ratios if r.quantity == quantity and cells[r].budget_ratio == budget]
             lengths, values = [r.required_length for r in found], [r.ratio for r in found]
-            panel.plot(lengths, values, color=look.colour, **_budget_look(look, budget, budgets))
+            panel.plot(lengths, values, color=look.colour, **budget_look(look, budget, budgets))
             for r in found:
                 if r.low is not None and r.high is not None:
                     panel.plot([r.required_length] * 2, [r.low, r.high], color=look.colour, lw=1)
@@ -188,24 +238,27 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
         _ratio_axis(panel, edges)
         style.length_axis(panel, [r.required_length for r in ratios if r.quantity == quantity])
     panels[0].set_ylabel("hybrid / full MLA")
-    handles = _budget_handles(look, budgets)
+    handles = budget_handles(look, budgets)
     if any(r.low is not None for r in ratios):
         handles.append(Line2D([], [], color="black", lw=1, label="95% paired bootstrap interval over seeds"))
     if handles:
-        _place_legend(figure, handles)
+        place_legend(figure, handles)
     return figure
 
 
 def _diagnostics(cells: Cells) -> Figure | None:
-    """Reward, truncation, entropy and rollout/learner mismatch against steps, a column per cell."""
+    """Reward, truncation, entropy, mismatch and staleness against steps, a column per cell."""
     wanted = {
         "reward_mean": "training reward",
         "truncated_fraction": "truncated\nfraction",
         "entropy": "entropy\n(nats per token)",
         "mismatch_mean": "mean |log-prob\nmismatch|",
+        "staleness_mean": "mean staleness\n(updates)",
     }
-    cells = _cells_with(cells, lambda run: any(curve(run.metrics, "step", y).x.size for y in wanted))
-    drawn = {y: t for y, t in wanted.items() if any(curve(r.metrics, "step", y).x.size for r in _runs(cells))}
+    cells = cells_with(cells, lambda run: any(curve(run.metrics, "step", y).x.size for y in wanted))
+    drawn = {
+        y: t for y, t in wanted.items() if any(curve(r.metrics, "step", y).x.size for r in runs_of(cells))
+    }
     if not drawn:
         return None
     figure, grid = style.new_figure(len(drawn), len(cells), panel_height=1.35)
@@ -214,19 +267,19 @@ def _diagnostics(cells: Cells) -> Figure | None:
             for architecture, runs in architectures.items():
                 look = ARCHITECTURES[architecture]
                 seeds = [run.metrics for run in runs]
-                _seed_lines(panel, seeds, "step", y, look, 1.0)
+                seed_lines(panel, seeds, "step", y, look, 1.0)
                 mean = mean_over_seeds(seeds, "step", y)
                 panel.plot(mean.x, mean.y, color=look.colour, ls=look.line, lw=1.3, zorder=3)
-            _from_zero(panel, 4, integer=True)
+            from_zero(panel, 4, integer=True)
             panel.tick_params(labelbottom=row is grid[-1], labelleft=panel is row[0])
         _share_y(row, y)
         row[0].set_ylabel(text)
     for panel, cell in zip(grid[0], cells, strict=True):
-        panel.set_title(_cell_title(cell, cells))
+        panel.set_title(cell_title(cell, cells))
     for panel in grid[-1]:
         panel.set_xlabel("RL step")
     figure.align_ylabels()
-    _legend(figure, cells, markers=False)
+    legend(figure, cells, markers=False)
     return figure
 
 
@@ -273,7 +326,7 @@ def _step_times(cells: Cells) -> Figure | None:
     for cell in shown:
         centre = float(np.mean([p for p, (c, _, _) in zip(positions, bars, strict=True) if c == cell]))
         panel.annotate(
-            _cell_title(cell, cells).replace(", ", "\n"),
+            cell_title(cell, cells).replace(", ", "\n"),
             (centre, 0),
             xycoords=("data", "axes fraction"),
             xytext=(0, -18),
@@ -282,35 +335,8 @@ def _step_times(cells: Cells) -> Figure | None:
             va="top",
         )
     panel.set_ylabel("seconds per step")
-    _place_legend(figure, panel.get_legend_handles_labels()[0])
+    place_legend(figure, panel.get_legend_handles_labels()[0])
     return figure
-
-
-def _from_zero(panel: Axes, ticks: int, *, integer: bool) -> None:
-    """Starts the x axis just left of 0, so that the marker of step 0 is whole; ticks at round numbers."""
-    right = max(panel.dataLim.x1, 1e-9)
-    panel.set_xlim(-0.03 * right, 1.03 * right)
-    panel.xaxis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=[1, 2, 5, 10]))
-
-
-def _seed_lines(panel: Axes, seeds: Sequence[Any], x: str, y: str, look: Look, scale: float) -> None:
-    """Thin lines, one a seed; a single seed is its own mean and gets none."""
-    if len(seeds) > 1:
-        for records in seeds:
-            one = curve(records, x, y)
-            panel.plot(one.x * scale, one.y, color=look.colour, ls=look.line, lw=0.6, alpha=0.6)
-
-
-def _cost_axis(x: str, values: Sequence[float]) -> tuple[float, str]:
-    """Factor from the records' unit to the axis', and the axis' label."""
-    if x == "step":
-        return 1.0, "RL step"
-    if x == "generated_tokens":
-        return 1.0, "generated tokens"
-    longest = max(values, default=0.0)
-    if longest > 3 * 3600:
-        return 1 / 3600, "wall-clock (hours)"
-    return (1 / 60, "wall-clock (minutes)") if longest > 180 else (1.0, "wall-clock (seconds)")
 
 
 def _ratio_axis(panel: Axes, edges: Sequence[float]) -> None:
@@ -351,78 +377,6 @@ def _share_y(row: Sequence[Axes], y: str) -> None:
         limits = (0.0, 1.05 * max(panel.dataLim.y1 for panel in row))
     for panel in row:
         panel.set_ylim(limits)
-
-
-def _legend(
-    figure: Figure,
-    cells: Cells,
-    *,
-    budgets: Sequence[float] = (),
-    banded: bool = False,
-    markers: bool = True,
-    seeds: bool = True,
-) -> None:
-    handles: list[Any] = []
-    for architecture in _architectures(cells):
-        look = ARCHITECTURES[architecture]
-        marker = look.marker if markers else None
-        handles.append(Line2D([], [], color=look.colour, ls=look.line, marker=marker, label=look.label))
-    handles += _budget_handles(Look("", GREY), budgets)
-    if seeds and any(len(runs) > 1 for architectures in cells.values() for runs in architectures.values()):
-        handles.append(Line2D([], [], color=GREY, lw=0.6, label="single seeds"))
-    if banded:
-        handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="95% interval over prompts"))
-    _place_legend(figure, handles)
-
-
-def _place_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Above the panels: one row on a page's width, two or three columns on a column's."""
-    columns = len(handles)
-    if figure.get_figwidth() < 0.7 * style.PAGE_WIDTH:
-        columns = 3 if max(len(h.get_label()) for h in handles) < 12 else 2
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
-
-
-def _budget_look(look: Look, ratio: float, ratios: Sequence[float]) -> dict[str, Any]:
-    """Markers that tell budgets apart: filled, hollow, half filled; lines grow thinner."""
-    i = ratios.index(ratio)
-    fill = ("full", "none", "left", "bottom")[i % 4]
-    return {"marker": look.marker, "fillstyle": fill, "lw": 1.6 / (1 + 0.5 * i)}
-
-
-def _budget_handles(look: Look, ratios: Sequence[float]) -> list[Line2D]:
-    if len(ratios) < 2:
-        return []
-    return [
-        Line2D([], [], color=look.colour, label=f"budget × {ratio:g}", **_budget_look(look, ratio, ratios))
-        for ratio in ratios
-    ]
-
-
-def _cell_title(cell: Cell, cells: Cells) -> str:
-    lengths = [c.required_length for c in cells]
-    budget = f", budget {cell.budget}" if len(set(lengths)) < len(lengths) else ""
-    return f"{cell.required_length} tokens required{budget}"
-
-
-def _cells_with(cells: Cells, has: Callable[[RunRecord], bool]) -> Cells:
-    """The runs that satisfy `has`, empty groups and cells dropped."""
-    kept: Cells = {}
-    for cell, architectures in cells.items():
-        groups = {a: [run for run in runs if has(run)] for a, runs in architectures.items()}
-        groups = {a: runs for a, runs in groups.items() if runs}
-        if groups:
-            kept[cell] = groups
-    return kept
-
-
-def _runs(cells: Cells) -> list[RunRecord]:
-    return [run for architectures in cells.values() for runs in architectures.values() for run in runs]
-
-
-def _architectures(cells: Cells) -> list[str]:
-    present = {a for architectures in cells.values() for a in architectures}
-    return [a for a in ARCHITECTURES if a in present]
 
 
 def _mean(run: RunRecord, name: str) -> float | None:

@@ -6,6 +6,7 @@ hatches say the same again for print in grey.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
 # Inches: the text width of a two-column page, and of one column.
 PAGE_WIDTH = 7.0
@@ -92,6 +93,15 @@ def length_axis(axes: Axes, lengths: list[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("required output length (tokens)")
+
+
+def log_ticks(axes: Axes) -> None:
+    """Ticks of a logarithmic y axis at powers of ten, and at 2 and 5 times them where the axis is short."""
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2 else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(engineering())
 
 
 def engineering(unit: str = "") -> EngFormatter:

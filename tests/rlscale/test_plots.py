@@ -76,6 +76,9 @@ def write_run(
                     "reward_mean": min(1.0, max(0.0, 0.4 + 0.5 * step / steps + rng.normal(0, 0.05))),
                     "truncated_fraction": max(0.0, 0.2 * math.exp(-step / 10) + rng.normal(0, 0.01)),
                     "entropy": 0.3 + 0.8 * math.exp(-step / 30) + rng.normal(0, 0.02),
+                    "staleness_mean": float(rng.uniform(0, 2)),
+                    "rollout_flops": 1e6 * generated,
+                    "train_flops": 3e6 * generated,
                     "mismatch_mean": 10 ** rng.normal(-5 if hybrid else -5.5, 0.1),
                     **times,
                     "step_s": sum(times.values()) + 0.1,
@@ -235,12 +238,19 @@ def test_wilson_covers_the_true_rate_and_stays_inside_0_and_1() -> None:
     assert high[1] == 1
 
 
-def test_throughput_is_the_median_over_steps_on_an_axis_from_zero(
+def test_throughput_is_the_median_over_steps_with_the_papers_claims_as_multiples_of_mla(
     sweep: Path, sweep_figures: dict[str, Figure]
 ) -> None:
     runs = find_runs([sweep])
     (panel,) = panels(sweep_figures["throughput"])
-    assert panel.get_ylim()[0] == 0
+    thin = [line for line in panel.lines if line.get_linewidth() < 1]
+    mla = bold(panel)[1].get_ydata()
+    for line, claim in zip(thin, (2.2, 6.3), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), claim * np.asarray(mla))
+    assert {text for text in labels(sweep_figures["throughput"]) if "paper" in text} == {
+        "MLA × 2.2: paper, 1M tokens, 1 sequence",
+        "MLA × 6.3: paper, 1M tokens, full",
+    }
     for line, architecture in zip(bold(panel), ("hybrid", "mla"), strict=True):
         wanted = [
             np.mean(
