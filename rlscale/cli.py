@@ -137,9 +137,9 @@ def plot(
 ) -> None:
     """Draw curves and print the summary table of finished and unfinished runs.
 
-    Held-out pass rate against steps, generated tokens and wall-clock, with fitted curves against tokens, FLOPs
-    and GPU-hours; what the fits say against length; tokens/s and cache bytes against length; the hybrid/MLA
-    ratio and from which length the hybrid leads. Each figure as PNG and SVG.
+    Held-out pass rate against steps, generated tokens and wall-clock, with fitted curves against tokens,
+    FLOPs and GPU-hours; what the fits say against length; tokens/s and cache bytes against length; the
+    hybrid/MLA ratio and from which length the hybrid leads. Each figure as PNG and SVG.
     """
     out = output or folders[0] / "plots"
     draw(folders, out, out / "summary.json")
