@@ -88,8 +88,8 @@ class RolloutConfig(Section):
 
 
 class LearnerConfig(Section):
-    workers: Literal[1] = 1
-    """Ray actors that share the gradient."""
+    workers: int = Field(1, ge=1)
+    """Ray actors that share each batch and shard the model between them (FSDP2: NCCL on GPUs, else gloo)."""
     learning_rate: float = Field(3e-4, gt=0)
     """AdamW's, in RL."""
     warmup_steps: int = Field(5, ge=0)

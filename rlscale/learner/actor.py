@@ -9,19 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from rlscale.cluster import gather
 from rlscale.config import AlgorithmConfig, LearnerConfig, WarmStartConfig
+from rlscale.errors import LearnerDied
 from rlscale.learner.learner import Learner, LearnerSpec, threads
+from rlscale.learner.ranks import Ranks, free_address
 from rlscale.types import Example, Rollout
 from rlscale.weights.shared_memory import SharedMemoryPublisher, WeightManifest
 
 if TYPE_CHECKING:
     from rlscale.learner.warm_start import WarmStartReport
     from rlscale.tasks import Task
+
+
+_PING_S = 10.0
+"""Seconds in which a living rank that computes nothing answers."""
 
 
 class LearnerWorker:
@@ -31,6 +38,20 @@ class LearnerWorker:
         self._spec = spec
         self._learner: Learner | None = None
         self._publisher = SharedMemoryPublisher()
+        self._ranks = Ranks()
+
+    def address(self) -> str:
+        """Where the other ranks can meet this one."""
+        return free_address()
+
+    def join(self, address: str, rank: int, size: int) -> None:
+        self._ranks = Ranks.join(address, rank, size, self.learner.model.device)
+
+    def shard(self) -> None:
+        self.learner.shard(self._ranks)
+
+    def ping(self) -> None:
+        """Answers, unless the process is gone."""
 
     def start(self, config: LearnerConfig, algorithm: AlgorithmConfig, seed: int) -> None:
         self._learner = None  # frees an earlier run's before the next one is built
@@ -68,8 +89,17 @@ class LearnerWorker:
     ) -> dict[str, float]:
         return self.learner.train_step(rollouts, temperature, examples)
 
-    def publish_weights(self, version: int) -> WeightManifest:
-        return self._publisher.publish(self.learner.named_weights(), version)
+    def publish_weights(self, version: int) -> WeightManifest | None:
+        """The manifest on rank 0. The others only help to gather the weights."""
+        weights = self.learner.named_weights()
+        try:
+            if self._ranks.rank == 0:
+                return self._publisher.publish(weights, version, layout=self.learner.named_layout())
+        finally:
+            # Whatever happens here, the other ranks are about to gather all weights.
+            for _ in weights:
+                pass
+        return None
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
@@ -91,19 +121,27 @@ class LearnerWorker:
 class LearnerGroup:
     """The learner side of a run, behind the verbs of one `Learner`.
 
-    The actor starts in the background as soon as the group is made. `start` gives it a learner, and again for
-    each further run.
+    One actor for each of `config.workers` ranks. They start in the background as soon as the group is made.
+    `start` gives each a learner, and again for each further run. A warm start is rank 0's alone; the model is
+    sharded after it, by the first verb that needs all ranks.
 
     Args:
         spec: the policy that every run starts from.
-        config: CPUs and GPUs of the actor; must be those of the runs.
-        placement: reservation to place the actor into, on its bundle `first_bundle` of `bundles(config)`.
+        config: how many actors, their CPUs and GPUs; must be those of the runs.
+        placement: reservation to place rank i into, on its bundle `first_bundle + i` of `bundles(config)`.
     """
 
     def __init__(
         self, spec: LearnerSpec, config: LearnerConfig, placement: PlacementGroup, first_bundle: int = 0
     ) -> None:
-        self._worker: Any = (
+        self._spec, self._config = spec, config
+        self._placement, self._first_bundle = placement, first_bundle
+        self._joined = self._sharded = False
+        self._workers = self._spawn()
+
+    def _spawn(self) -> list[Any]:
+        config = self._config
+        return [
             ray.remote(LearnerWorker)
             .options(
                 num_cpus=config.num_cpus,
@@ -111,11 +149,12 @@ class LearnerGroup:
                 # For libraries that read it when they load; PyTorch itself is told by `LearnerSpec.build`.
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(config))}},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement, placement_group_bundle_index=first_bundle
+                    self._placement, placement_group_bundle_index=self._first_bundle + rank
                 ),
             )
-            .remote(spec)
-        )
+            .remote(self._spec)
+            for rank in range(config.workers)
+        ]
 
     @staticmethod
     def bundles(config: LearnerConfig) -> list[dict[str, float]]:
@@ -126,9 +165,18 @@ class LearnerGroup:
         """A new learner before its first step; see `LearnerSpec.build`.
 
         Raises:
-            UserError: the checkpoint does not fit, there is no such GPU, or the worker has died.
+            UserError: the checkpoint does not fit, or there is no such GPU.
+            LearnerDied: a worker has died.
         """
-        self._call("start", config, algorithm, seed)
+        self._on_all("start", config, algorithm, seed)
+        self._sharded = False
+
+    def restart(self) -> None:
+        """Replaces all workers by new ones that need a `start`: what the old ones held is lost."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._joined = self._sharded = False
+        self._workers = self._spawn()
 
     def warm_start(
         self, task: Task, tokenizer: PreTrainedTokenizerBase, config: WarmStartConfig, seed: int
@@ -136,10 +184,11 @@ class LearnerGroup:
         """See `Learner.warm_start`. Yields (step, pass rate) at every evaluation and the report at last.
 
         Raises:
-            UserError: the target pass rate was not reached, or the worker has died.
+            UserError: the target pass rate was not reached.
+            LearnerDied: the worker has died.
         """
-        for future in self._worker.warm_start.remote(task, tokenizer, config, seed):
-            yield gather([future], "learner")[0]
+        for future in self._workers[0].warm_start.remote(task, tokenizer, config, seed):
+            yield self._results([future])[0]
 
     def train_step(
         self, rollouts: Sequence[Rollout], temperature: float, examples: Sequence[Example] = ()
@@ -147,15 +196,18 @@ class LearnerGroup:
         """See `Learner.train_step`.
 
         Raises:
-            UserError: the batch does not fit the configuration, or the worker has died.
+            UserError: the batch does not fit the configuration.
+            LearnerDied: a worker has died.
         """
-        return self._call("train_step", list(rollouts), temperature, list(examples))
+        # Put once, however many ranks read it.
+        return self._call("train_step", ray.put(list(rollouts)), temperature, list(examples))
 
     def publish_weights(self, version: int) -> WeightManifest:
         """Makes the current weights readable under `version` on the learner's machine.
 
         Raises:
-            UserError: no memory to publish, or the worker has died.
+            UserError: no memory to publish.
+            LearnerDied: a worker has died.
         """
         return self._call("publish_weights", version)
 
@@ -167,17 +219,54 @@ class LearnerGroup:
         """See `Learner.load`.
 
         Raises:
-            UserError: the folder does not fit, or the worker has died.
+            UserError: the folder does not fit.
+            LearnerDied: a worker has died.
         """
         self._call("load", folder.absolute())
 
     def close(self) -> None:
-        """Ends the worker; calling it twice is harmless."""
-        worker, self._worker = self._worker, None
-        if worker is None or not ray.is_initialized():
+        """Ends the workers; calling it twice is harmless."""
+        workers, self._workers = self._workers, []
+        if not workers or not ray.is_initialized():
             return
-        ray.wait([worker.close.remote()], timeout=10)
-        ray.kill(worker)
+        ray.wait([worker.close.remote() for worker in workers], num_returns=len(workers), timeout=10)
+        for worker in workers:
+            ray.kill(worker)
 
     def _call(self, verb: str, *arguments: Any) -> Any:
-        return gather([getattr(self._worker, verb).remote(*arguments)], "learner")[0]
+        """Rank 0's answer to a verb of all ranks, who meet and shard the model before the first one."""
+        if not self._joined and len(self._workers) > 1:
+            address = self._results([self._workers[0].address.remote()])[0]
+            size = len(self._workers)
+            self._results([w.join.remote(address, rank, size) for rank, w in enumerate(self._workers)])
+        self._joined = True
+        if not self._sharded:
+            self._on_all("shard")
+            self._sharded = True
+        return self._on_all(verb, *arguments)[0]
+
+    def _on_all(self, verb: str, *arguments: Any) -> list[Any]:
+        return self._results([getattr(worker, verb).remote(*arguments) for worker in self._workers])
+
+    def _results(self, futures: Sequence[ray.ObjectRef]) -> list[Any]:
+        try:
+            return gather(futures, "learner rank")
+        except Exception as error:
+            # A rank whose peer died fails first, with whatever its network says; the death is the news.
+            pings = [worker.ping.remote() for worker in self._workers]
+            answered, _ = ray.wait(pings, num_returns=len(pings), timeout=_PING_S)
+            dead = [str(rank) for rank, ping in enumerate(pings) if ping in answered and _died(ping)]
+            if not dead:
+                raise
+            raise LearnerDied(
+                f"learner rank {', '.join(dead)} of {len(pings)} died, often for want of memory: "
+                "see the newest worker-*.err in /tmp/ray/session_latest/logs"
+            ) from error
+
+
+def _died(answered: ray.ObjectRef) -> bool:
+    try:
+        ray.get(answered)
+    except RayActorError:
+        return True
+    return False

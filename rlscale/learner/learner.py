@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import KimiLinearConfig, PreTrainedTokenizerBase
 
 from kimi_linear.checkpoint import (
+    MAX_SHARD_BYTES,
     CheckpointError,
-    load_released_tensors,
-    named_released_tensors,
     read_tensors,
-    save_checkpoint,
+    save_state,
     tensor_files,
 )
 from kimi_linear.model import KimiLinearForCausalLM
@@ -32,7 +31,14 @@ from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.losses import PolicyTokens, policy_loss
 from rlscale.learner.metrics import Metrics, combined
 from rlscale.learner.optimizer import Optimizer
-from rlscale.learner.packing import MicroBatch, MinibatchTotals, pack, pack_examples
+from rlscale.learner.packing import (
+    MicroBatch,
+    MinibatchTotals,
+    examples_as_rollouts,
+    pack_share,
+    packed_tokens,
+)
+from rlscale.learner.ranks import Ranks, gathered, load_released, released_layout, released_weights
 from rlscale.types import Example, Rollout
 
 if TYPE_CHECKING:
@@ -87,7 +93,11 @@ class LearnerSpec:
 
 
 class Learner:
-    """Trains one model by policy gradients."""
+    """Trains one model by policy gradients, alone or as one of several ranks.
+
+    Every method but `warm_start` and `named_layout` is then called on all ranks at once, with the same
+    arguments.
+    """
 
     def __init__(
         self, model: KimiLinearForCausalLM, config: LearnerConfig, algorithm: AlgorithmConfig
@@ -95,6 +105,13 @@ class Learner:
         self.model = model
         self._config = config
         self._algorithm = algorithm
+        self._ranks = Ranks()
+        self._start_afresh()
+
+    def shard(self, ranks: Ranks) -> None:
+        """Becomes one of `ranks`, all with rank 0's weights; training starts afresh. At most once."""
+        ranks.shard(self.model)
+        self._ranks = ranks
         self._start_afresh()
 
     def train_step(
@@ -128,7 +145,7 @@ class Learner:
         learning_rate = self._optimizer.learning_rate(self._step)
         prompts = len({rollout.group for rollout in rollouts})
         minibatches = split_by_group(rollouts, min(self._config.updates_per_step, prompts))
-        batches = [pack(minibatch, self._config.tokens_per_micro_batch) for minibatch in minibatches]
+        batches = [self._pack(minibatch) for minibatch in minibatches]
         olds = self._old_logprobs(batches, temperature)
         updates = [
             self._update(
@@ -146,7 +163,7 @@ class Learner:
         metrics |= {name: value for name, value in updates[0].items() if name not in metrics}
         metrics["skipped"] = sum(update["skipped"] for update in updates)
         metrics["learning_rate"] = learning_rate
-        metrics["tokens"] = sum(batch.tokens for micro_batches in batches for batch in micro_batches)
+        metrics["tokens"] = sum(packed_tokens(rollout) for rollout in rollouts)
         metrics["train_s"] = time.perf_counter() - started
         metrics["learner_tokens_per_s"] = metrics["tokens"] / metrics["train_s"]
         return metrics
@@ -173,14 +190,25 @@ class Learner:
         return report
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights under their released names; they share the model's memory."""
-        return named_released_tensors(self.model)
+        """The weights under their released names. Alone they share the model's memory; of several ranks each
+        is gathered when its turn comes, so all ranks must go through all of them."""
+        return released_weights(self.model)
+
+    def named_layout(self) -> list[tuple[str, torch.Tensor]]:
+        """Names, shapes and dtypes of `named_weights`, without their memory."""
+        return released_layout(self.model)
 
     def save(self, folder: Path) -> None:
-        """Writes all that `load` needs to go on as if nothing had happened: weights in the released format,
-        optimizer state, step. A training step draws no random numbers, so there are none to keep."""
-        save_checkpoint(self.model, folder)
-        state = {name: tensor.contiguous() for name, tensor in self._optimizer.state_tensors().items()}
+        """Writes all that `load` needs to go on as if nothing had happened, on any number of ranks: weights
+        in the released format, optimizer state, step. A training step draws no random numbers, so there are
+        none to keep. Rank 0 gathers the model in its machine's memory, then the optimizer's state."""
+        is_writer = self._ranks.rank == 0
+        if weights := gathered(self.model.state_dict(), keep=is_writer):
+            save_state(self.model.config, weights, folder, MAX_SHARD_BYTES)
+        del weights
+        state = gathered(self._optimizer.state_tensors(), keep=is_writer)
+        if not is_writer:
+            return
         save_file(state, folder / OPTIMIZER_FILE)
         (folder / PROGRESS_FILE).write_text(json.dumps({"step": self._step}) + "\n")
 
@@ -248,6 +276,7 @@ class Learner:
                 sums = combined(sums, shares)
             if examples:
                 sums |= self._imitate(examples, sums["loss"])
+            sums = self._ranks.combined(sums)
             grad_norm, stepped = self._optimizer.step(learning_rate, sums["loss"])
         finally:
             self._optimizer.zero_grad()
@@ -279,26 +308,34 @@ class Learner:
             len(totals.group_tokens),
         )
         loss, shares = policy_loss(tokens, self._algorithm)
-        loss.backward()
+        # Ranks average their gradients, and the minibatch's is their sum.
+        (loss * (0 if batch.is_filler else self._ranks.size)).backward()
         shares |= {"loss": loss.detach(), "entropy": entropies.sum() / totals.tokens}
         if old is None:
             shares |= mismatch_metrics(
                 now, batch.rollout_logprobs, batch.lengths, correction, totals.tokens, totals.sequences
             )
-        return shares
+        return {name: share * 0 for name, share in shares.items()} if batch.is_filler else shares
 
     def _imitate(self, examples: Sequence[Example], policy_loss: torch.Tensor) -> Metrics:
-        """Adds the gradient of the algorithm's supervised loss; returns that loss, and both as `loss`."""
+        """Adds the gradient of the algorithm's supervised loss; returns that loss, and both as `loss`: this
+        rank's shares of them."""
         if not isinstance(self._algorithm, MirrorDescentConfig):
             raise ValueError(f"algorithm '{self._algorithm.kind}' has no supervised loss")
         weight = self._algorithm.ptx.weight
         tokens = sum(len(example.completion_ids) for example in examples)
         total = torch.zeros_like(policy_loss)
-        for batch in pack_examples(examples, self._config.tokens_per_micro_batch):
-            loss = -self._logprobs(batch.to(self._device), temperature=1.0)[0].sum() / tokens
-            (weight * loss).backward()
+        for batch in self._pack(examples_as_rollouts(examples)):
+            logprobs, _ = self._logprobs(batch.to(self._device), temperature=1.0)
+            loss = -logprobs.sum() * (0 if batch.is_filler else 1) / tokens
+            (weight * self._ranks.size * loss).backward()
             total += loss.detach()
         return {"ptx_loss": total, "loss": policy_loss + weight * total}
+
+    def _pack(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
+        """This rank's micro-batches."""
+        budget = self._config.tokens_per_micro_batch
+        return pack_share(rollouts, budget, self._ranks.rank, self._ranks.size)
 
     def _logprobs(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [N] with gradient and entropies [N] of a micro-batch's completion tokens."""
@@ -335,6 +372,6 @@ def split_by_group(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout
 
 def _load_weights(model: KimiLinearForCausalLM, folder: Path) -> None:
     try:
-        load_released_tensors(model, read_tensors(tensor_files(folder)))
+        load_released(model, read_tensors(tensor_files(folder)))
     except (CheckpointError, SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"the checkpoint in {folder} does not fit: {error}") from None

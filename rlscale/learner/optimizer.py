@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlscale.config import LearnerConfig
+from rlscale.learner.ranks import sharded_like, whole
 
 _ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 _MASTER = "master"
@@ -50,7 +51,7 @@ class Optimizer:
         Returns:
             The gradient's norm before clipping, and whether the step was taken.
         """
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
         if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
             return norm.item(), False
         for _, parameter, master in self._rounded():
@@ -69,7 +70,8 @@ class Optimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The state by parameter and part, e.g. `lm_head.weight.exp_avg`; none where no step was taken."""
+        """The state by parameter and part, e.g. `lm_head.weight.exp_avg`; none where no step was taken. Of
+        several ranks, this one's shards."""
         tensors = {
             f"{name}.{part}": self._adamw.state[master][part]
             for name, master in self._masters.items()
@@ -105,11 +107,11 @@ class Optimizer:
             if name in stepped:
                 # A copy: what is given may be a view of a file, and the state changes in place.
                 self._adamw.state[master] = {
-                    part: tensors[f"{name}.{part}"].to(master.device, copy=True) for part in _ADAM_STATE
-                }
+                    part: sharded_like(tensors[f"{name}.{part}"], master).clone() for part in _ADAM_STATE[1:]
+                } | {"step": tensors[f"{name}.step"].to(master.device, copy=True)}
         with torch.no_grad():
             for name, _, master in self._rounded():
-                master.copy_(tensors[f"{name}.{_MASTER}"])
+                master.copy_(sharded_like(tensors[f"{name}.{_MASTER}"], master))
 
     def _rounded(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         """Name, parameter and master of the parameters that have one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ class MicroBatch:
         lengths: [S] int64, how many of the N tokens each sequence has; they lie one sequence after the other.
         groups: for each sequence, the group of its rollout.
         rollouts: for each sequence, its index in the list that was packed.
+        is_filler: repeats what another micro-batch holds and counts for nothing, so that all ranks have
+            equally many micro-batches and meet in each.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +42,7 @@ class MicroBatch:
     lengths: torch.Tensor
     groups: list[int]
     rollouts: list[int]
+    is_filler: bool = False
 
     @property
     def tokens(self) -> int:
@@ -87,22 +91,15 @@ def pack(rollouts: Sequence[Rollout], tokens_per_micro_batch: int) -> list[Micro
         UserError: a sequence is longer than the budget.
         ValueError: a rollout with an empty prompt or completion, or without a log-probability per token.
     """
-    lengths = [_packed_length(rollout) for rollout in rollouts]
-    longest = max(lengths, default=0)
-    if longest > tokens_per_micro_batch:
-        raise UserError(
-            f"learner.tokens_per_micro_batch = {tokens_per_micro_batch} is less than a sequence of {longest} "
-            f"tokens: set it to {longest} or more"
-        )
+    lengths = _checked_lengths(rollouts, tokens_per_micro_batch)
     return [
         _micro_batch(rollouts, chosen) for chosen in first_fit_decreasing(lengths, tokens_per_micro_batch)
     ]
 
 
-def pack_examples(examples: Sequence[Example], tokens_per_micro_batch: int) -> list[MicroBatch]:
-    """Packs supervised examples as if they were rollouts of probability 1 without advantage; raises as
-    `pack`."""
-    rollouts = [
+def examples_as_rollouts(examples: Sequence[Example]) -> list[Rollout]:
+    """Supervised examples as rollouts of probability 1 without advantage, to be packed like others."""
+    return [
         Rollout(
             example.prompt_ids,
             Completion(example.completion_ids, [0.0] * len(example.completion_ids), [], "stop"),
@@ -111,7 +108,65 @@ def pack_examples(examples: Sequence[Example], tokens_per_micro_batch: int) -> l
         )
         for group, example in enumerate(examples)
     ]
-    return pack(rollouts, tokens_per_micro_batch)
+
+
+def pack_share(
+    rollouts: Sequence[Rollout], tokens_per_micro_batch: int, rank: int, ranks: int
+) -> list[MicroBatch]:
+    """As `pack`, what rank `rank` of `ranks` trains on: equally many micro-batches on each rank, and tokens
+    that differ between ranks by the longest sequence at most (see `share`). The shares' union is the batch.
+
+    Raises:
+        As `pack`, on every rank alike.
+    """
+    if ranks == 1:
+        return pack(rollouts, tokens_per_micro_batch)
+    lengths = _checked_lengths(rollouts, tokens_per_micro_batch)
+    shortest = min(range(len(lengths)), key=lengths.__getitem__)
+    return [
+        _micro_batch(rollouts, chosen)
+        if chosen
+        else replace(_micro_batch(rollouts, [shortest]), is_filler=True)
+        for chosen in share(lengths, ranks, tokens_per_micro_batch)[rank]
+    ]
+
+
+def share(lengths: Sequence[int], ranks: int, capacity: int) -> list[list[list[int]]]:
+    """For each rank the same number of bins of indices into `lengths`, none with more than `capacity`.
+
+    Between two ranks, and between two bins of a rank, the sums differ by the longest item at most. Where
+    there are fewer items than bins, some are empty. Indices ascend in a bin.
+
+    Raises:
+        ValueError: an item exceeds the capacity.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(f"an item of {max(lengths)} does not fit into bins of {capacity}")
+    parts = longest_first(lengths, ranks)
+    count = max(1, *(-(-sum(lengths[i] for i in part) // capacity) for part in parts))
+    while True:
+        shares = [_refined(lengths, part, count) for part in parts]
+        if all(sum(lengths[i] for i in chosen) <= capacity for bins in shares for chosen in bins):
+            return shares
+        count += 1
+
+
+def longest_first(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices into `lengths` in `parts` parts of nearly equal sums: the longest first, each into the part
+    that has least so far. No part exceeds another by more than its last item, nor the best possible largest
+    part by more than a third (Graham, 1969). Indices ascend in a part."""
+    loads = [(0, part) for part in range(parts)]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, part = loads[0]
+        chosen[part].append(i)
+        heapq.heapreplace(loads, (load + lengths[i], part))
+    return [sorted(indices) for indices in chosen]
+
+
+def packed_tokens(rollout: Rollout) -> int:
+    """Tokens that a rollout takes in a micro-batch."""
+    return len(rollout.prompt_ids) + len(rollout.completion.token_ids) - 1
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -130,6 +185,23 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     return [sorted(indices) for indices in bins]
 
 
+def _refined(lengths: Sequence[int], part: Sequence[int], count: int) -> list[list[int]]:
+    """The indices of one part in `count` bins of nearly equal sums."""
+    bins = longest_first([lengths[i] for i in part], count)
+    return [[part[i] for i in chosen] for chosen in bins]
+
+
+def _checked_lengths(rollouts: Sequence[Rollout], tokens_per_micro_batch: int) -> list[int]:
+    lengths = [_packed_length(rollout) for rollout in rollouts]
+    longest = max(lengths, default=0)
+    if longest > tokens_per_micro_batch:
+        raise UserError(
+            f"learner.tokens_per_micro_batch = {tokens_per_micro_batch} is less than a sequence of {longest} "
+            f"tokens: set it to {longest} or more"
+        )
+    return lengths
+
+
 def _packed_length(rollout: Rollout) -> int:
     tokens, logprobs = rollout.completion.token_ids, rollout.completion.logprobs
     if not rollout.prompt_ids or not rollout.completion.drawn():
@@ -142,7 +214,7 @@ def _packed_length(rollout: Rollout) -> int:
             f"a rollout of group {rollout.group} has {len(tokens)} completion tokens "
             f"but {len(logprobs)} log-probabilities"
         )
-    return len(rollout.prompt_ids) + len(tokens) - 1
+    return packed_tokens(rollout)
 
 
 def _micro_batch(rollouts: Sequence[Rollout], chosen: list[int]) -> MicroBatch:

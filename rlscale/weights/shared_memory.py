@@ -12,7 +12,7 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,31 +68,42 @@ class SharedMemoryPublisher:
         self._views: list[torch.Tensor] = []
 
     def publish(
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, checksum: bool = False
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        checksum: bool = False,
+        layout: Sequence[tuple[str, torch.Tensor]] | None = None,
     ) -> WeightManifest:
         """Copies every tensor, from any device, into the segment. Earlier manifests become stale.
 
         Args:
-            named_tensors: name and tensor; held until all are copied.
+            named_tensors: name and tensor; without `layout` held until all are copied.
             version: not negative.
             checksum: let readers verify the contents, at the cost of one more pass on either side.
+            layout: what `named_tensors` will bring, in that order, as tensors without memory (device meta);
+                each tensor is then let go as soon as it is copied.
 
         Raises:
-            ValueError: a name twice, no tensor at all, or a negative version.
+            ValueError: a name twice, no tensor at all, one that is not the layout's, or a negative version.
             UserError: the machine has not enough memory for the segment.
         """
         if version < 0:
             raise ValueError(f"weight versions count up from 0, not {version}")
-        tensors = list(named_tensors)
-        account_for(tensors, {name: tensor.shape for name, tensor in tensors})
-        places, size = _lay_out(tensors)
+        if layout is None:
+            layout = named_tensors = list(named_tensors)
+        account_for(layout, {name: tensor.shape for name, tensor in layout})
+        places, size = _lay_out(layout)
         if places != self._places or self._segment is None:
             self._allocate(places, size)
         assert self._segment is not None
         memory = self._segment[1]
         memory[: _HEADER.size] = _HEADER.pack(self._token, _WRITING)
         with torch.no_grad():
-            for (_, tensor), view in zip(tensors, self._views, strict=True):
+            for (name, tensor), place, view in zip(named_tensors, places, self._views, strict=True):
+                if (name, tuple(tensor.shape)) != (place.name, place.shape):
+                    raise ValueError(
+                        f"{name} {tuple(tensor.shape)} came where {place.name} {place.shape} was due"
+                    )
                 view.copy_(tensor)
         memory[: _HEADER.size] = _HEADER.pack(self._token, version)
         return WeightManifest(
@@ -100,7 +111,7 @@ class SharedMemoryPublisher:
             token=self._token,
             size=size,
             version=version,
-            bytes=sum(tensor.nbytes for _, tensor in tensors),
+            bytes=sum(tensor.nbytes for _, tensor in layout),
             tensors=places,
             checksum=zlib.crc32(memoryview(memory)[_HEADER.size :]) if checksum else None,
         )
@@ -172,7 +183,7 @@ def _check_version(descriptor: int, manifest: WeightManifest) -> None:
         raise StaleWeightsError(f"weight version {manifest.version} is stale: its segment {now}")
 
 
-def _lay_out(tensors: list[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorPlace, ...], int]:
+def _lay_out(tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[TensorPlace, ...], int]:
     if not tensors:
         raise ValueError("no weights to publish")
     places: list[TensorPlace] = []
