@@ -129,9 +129,10 @@ class AsynchronousConfig(Section):
 
     kind: Literal["asynchronous"] = "asynchronous"
     """Which mode; the keys beside it are its own."""
-    max_staleness: int = Field(4, ge=1)
-    """A token is trained on at most so many updates after the weights that drew it; groups that would exceed
-    this are dropped and counted."""
+    max_staleness: int = Field(8, ge=1)
+    """A token is trained on at most so many updates after the weights that drew it (8: arXiv:2510.13786,
+    section 3.1). Groups that would exceed this are dropped and counted, long ones first: it should cover the
+    steps that the longest completion takes."""
     in_flight: Literal["recompute", "keep"] = "recompute"
     """What new weights do with completions in the making. recompute: read them again from the prompt on, so
     that each further token is the new policy's own. keep: go on with the latents and states that earlier

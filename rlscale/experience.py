@@ -63,7 +63,7 @@ class ScoredGroup:
     @property
     def oldest_version(self) -> int:
         """Of the weights that drew one of its tokens."""
-        return min(min(rollout.completion.weight_versions) for rollout in self.rollouts)
+        return min(rollout.completion.weight_versions[0] for rollout in self.rollouts)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` cannot find out from the prompt's place."""
@@ -81,10 +81,16 @@ class ScoredGroup:
         """The group that `to_json` wrote, its prompt found by its place."""
         prompt = prompt_at(data["place"])
         rollouts = [
-            Rollout(prompt.prompt_ids, Completion(**completion), reward, prompt.place)
+            Rollout(prompt.prompt_ids, _completion(completion), reward, prompt.place)
             for completion, reward in zip(data["completions"], data["rewards"], strict=True)
         ]
         return cls(prompt, rollouts, list(data["texts"]), list(data["passed"]))
+
+
+def _completion(data: Mapping[str, Any]) -> Completion:
+    """JSON has no tuples."""
+    forced = data["forced"]
+    return Completion(**{**data, "forced": forced and tuple(forced)})
 
 
 @dataclass(frozen=True, slots=True)

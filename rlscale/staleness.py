@@ -6,12 +6,17 @@ stale. Version k is the policy after step k.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlscale.types import Rollout
+
+READY_BATCHES = 2
+"""Batches that may stand ready before engines rest: one to hand out, one in reserve. Engines faster than the
+learner would otherwise fill all that `max_staleness` allows, and every batch would be as old as it may be."""
 
 
 @dataclass(slots=True)
@@ -20,7 +25,8 @@ class StalenessManager:
 
     A group that is admitted as the p-th of those not yet trained on (counted from 0) waits for p // n batches
     of n groups before its own. It is admitted if that leaves its first token at most `max_staleness` updates
-    behind; then only a group that others overtake can grow too old (AReaL, arXiv:2505.24298, eq. 3).
+    behind; then only a group that others overtake can grow too old (AReaL, arXiv:2505.24298, eq. 3). None is
+    admitted while `READY_BATCHES` batches stand ready.
 
     After every verb: submitted == accepted + filtered + running.
 
@@ -45,6 +51,8 @@ class StalenessManager:
     @property
     def capacity(self) -> int:
         """Groups that may be submitted now."""
+        if self.waiting >= READY_BATCHES * self.groups_per_step:
+            return 0
         batches = self.max_staleness + 1 - self.updates_pending
         return max(0, batches * self.groups_per_step - self.waiting - self.running)
 
@@ -109,7 +117,13 @@ def staleness_metrics(rollouts: Iterable[Rollout], version: int) -> dict[str, An
         `staleness_mean` and `staleness_max` over the tokens, in updates, and `staleness_histogram`: entry i
         counts the tokens that are i updates stale.
     """
-    counts = Counter(version - drawn for rollout in rollouts for drawn in rollout.completion.weight_versions)
+    counts: Counter[int] = Counter()
+    for rollout in rollouts:
+        versions, start = rollout.completion.weight_versions, 0
+        while start < len(versions):  # they never fall from token to token
+            end = bisect_right(versions, versions[start], start)
+            counts[version - versions[start]] += end - start
+            start = end
     tokens = counts.total()
     return {
         "staleness_mean": sum(updates * count for updates, count in counts.items()) / tokens,

@@ -49,8 +49,9 @@ class Completion:
 
     `token_ids` includes the end-of-sequence token if one was drawn (`finish_reason == "stop"`). `logprobs[t]`
     is log π(token t | prompt, tokens < t) of the policy that drew it, at the temperature it was drawn with;
-    `weight_versions[t]` says which version of the weights that policy had. `forced` are the places, first and
-    one past the last, of tokens that the harness put in; they were not drawn and are not trained on.
+    `weight_versions[t]` says which version of the weights that policy had, and never falls. `forced` are the
+    places, first and one past the last, of tokens that the harness put in; they were not drawn and are not
+    trained on.
     """
 
     token_ids: list[int]
