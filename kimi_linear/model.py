@@ -337,12 +337,12 @@ def locate_sequences(
             raise ValueError(f"attention_mask must be {[batch, tokens]}, got {list(attention_mask.shape)}")
         mask = attention_mask.bool()
         rows = mask.flatten().nonzero().squeeze(1)
-        return rows, PackedSequences(F.pad(mask.sum(1).cumsum(0), (1, 0)))
+        return rows, PackedSequences(F.pad(mask.sum(1).cumsum(0), (1, 0)), len(rows))
     if position_ids is not None and position_ids.shape == (1, tokens) and batch == 1:
         starts = (position_ids[0] == 0).nonzero().squeeze(1)
         if len(starts) > 1 and starts[0] == 0:
-            return None, PackedSequences(F.pad(starts, (0, 1), value=tokens))
-    return None, PackedSequences(torch.arange(batch + 1, device=device) * tokens)
+            return None, PackedSequences(F.pad(starts, (0, 1), value=tokens), tokens)
+    return None, PackedSequences(torch.arange(batch + 1, device=device) * tokens, batch * tokens)
 
 
 def next_token_loss(

@@ -78,17 +78,16 @@ class KimiDeltaAttention(nn.Module):
 
     def prefill(self, x: torch.Tensor, packed: PackedSequences) -> tuple[torch.Tensor, KDACache]:
         """As `forward`, and what a later `decode` needs."""
-        o, state, qkv = self._attend(x, packed, output_final_state=True)
+        o, state, projections = self._attend(x, packed, output_final_state=True)
         assert state is not None
         width = self.q_conv1d.weight.shape[-1]
-        return o, KDACache(state, convolution_state(qkv, width, packed.cu_seqlens))
+        return o, KDACache(state, convolution_state(torch.cat(projections, -1), width, packed.cu_seqlens))
 
     def decode(self, x: torch.Tensor, cache: KDACache) -> torch.Tensor:
         """One token of each of N sequences, x [N, D] -> [N, D]; the cache moves on by that token."""
-        qkv, cache.convolution = convolution_step(
-            self._project(x), self._convolution_weight(), cache.convolution
-        )
-        q, k, v = (part.float() for part in self._heads(qkv))
+        filters = torch.cat([conv.weight for conv in self._convolutions()]).squeeze(1)
+        qkv, cache.convolution = convolution_step(torch.cat(self._project(x), -1), filters, cache.convolution)
+        q, k, v = qkv.float().unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         g = kda_gate(self._decay(x), self.A_log, self.dt_bias)
         beta = self.b_proj(x).float().sigmoid()
         scale = self.head_dim**-0.5
@@ -97,13 +96,19 @@ class KimiDeltaAttention(nn.Module):
 
     def _attend(
         self, x: torch.Tensor, packed: PackedSequences, output_final_state: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        qkv = self._project(x)
-        q, k, v = self._heads(short_convolution(qkv, self._convolution_weight(), packed.cu_seqlens))
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        projections = self._project(x)
+        # One call each leaves q, k and v contiguous, as chunk_kda reads them.
+        q, k, v = (
+            short_convolution(part, conv.weight.squeeze(1), packed.cu_seqlens)
+            .unflatten(-1, (self.heads, self.head_dim))
+            .unsqueeze(0)
+            for part, conv in zip(projections, self._convolutions(), strict=True)
+        )
         o, state = chunk_kda(
-            q.unsqueeze(0),
-            k.unsqueeze(0),
-            v.unsqueeze(0),
+            q,
+            k,
+            v,
             self._decay(x).unsqueeze(0),
             self.b_proj(x).unsqueeze(0),
             output_final_state=output_final_state,
@@ -114,18 +119,14 @@ class KimiDeltaAttention(nn.Module):
             dt_bias=self.dt_bias,
             cu_seqlens=packed.cu_seqlens,
         )
-        return self._output(o.squeeze(0), x), state, qkv
+        return self._output(o.squeeze(0), x), state, projections
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs of the three short convolutions, [T, 3 * H * K]."""
-        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs of the three short convolutions, each [T, H * K]."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def _convolution_weight(self) -> torch.Tensor:
-        return torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)).squeeze(1)
-
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        return q, k, v
+    def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
+        return self.q_conv1d, self.k_conv1d, self.v_conv1d
 
     def _decay(self, x: torch.Tensor) -> torch.Tensor:
         """Raw decay gate [T, H, K]."""

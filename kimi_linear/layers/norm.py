@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kimi_linear.ops import gated_rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean x^2 + eps) * weight over the last dimension (arXiv:1910.07467)."""
@@ -26,8 +28,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        normed = normalize(x, self.eps) * self.weight.float()
-        return (normed * gate.float().sigmoid()).to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, self.eps)
 
 
 def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -15,25 +15,30 @@ class PackedSequences:
 
     Attributes:
         cu_seqlens: [N + 1] int, from 0 to T.
+        tokens: T.
     """
 
     cu_seqlens: torch.Tensor
+    tokens: int
 
     @classmethod
     def checked(cls, cu_seqlens: torch.Tensor, tokens: int) -> "PackedSequences":
-        """Raise ValueError unless the boundaries run from 0 to `tokens` without decreasing."""
-        check_cu_seqlens(cu_seqlens, 1, tokens)
-        return cls(cu_seqlens)
+        """Raise ValueError unless the boundaries run from 0 to `tokens` without decreasing.
+
+        On a GPU their values go unchecked: the host would wait for them.
+        """
+        check_cu_seqlens(cu_seqlens, 1, tokens, cu_seqlens.device)
+        return cls(cu_seqlens, tokens)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """Tokens of each sequence. On a GPU the host waits for them, once."""
         return self.cu_seqlens.diff().tolist()
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """[T] position of each token in its sequence."""
-        return token_positions(self.cu_seqlens)[0]
+        return token_positions(self.cu_seqlens, self.tokens)[0]
 
     @cached_property
     def last_tokens(self) -> torch.Tensor:

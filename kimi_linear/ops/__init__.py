@@ -4,6 +4,7 @@ from kimi_linear.ops.arguments import kda_gate, l2_normalize
 from kimi_linear.ops.conv import convolution_state, convolution_step, short_convolution
 from kimi_linear.ops.decode import kda_decode_step
 from kimi_linear.ops.dispatch import chunk_kda, fused_recurrent_kda
+from kimi_linear.ops.norm import gated_rms_norm
 from kimi_linear.ops.reference import recurrent_step
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "convolution_state",
     "convolution_step",
     "fused_recurrent_kda",
+    "gated_rms_norm",
     "kda_decode_step",
     "kda_gate",
     "l2_normalize",

@@ -37,8 +37,7 @@ def check_arguments(
 ) -> KDAShape:
     """Raise ValueError, in one line, for a call that has no meaning; return its sizes otherwise.
 
-    Shapes are those of `kimi_linear.ops.chunk_kda`. Values of `cu_seqlens` are read, which on a GPU waits for
-    it.
+    Shapes are those of `kimi_linear.ops.chunk_kda`.
     """
     if q.ndim != 4:
         raise ValueError(f"q must be [B, T, H, K], got {list(q.shape)}")
@@ -71,7 +70,7 @@ def check_arguments(
 
     sequences = batch
     if cu_seqlens is not None:
-        sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
+        sequences = check_cu_seqlens(cu_seqlens, batch, tokens, q.device)
     if initial_state is not None:
         expected = [sequences, value_heads, key_dim, value_dim]
         if list(initial_state.shape) != expected:
@@ -104,14 +103,23 @@ def check_arguments(
     return KDAShape(batch, tokens, heads, value_heads, key_dim, value_dim, sequences)
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int) -> int:
-    """Check cumulative sequence lengths [N + 1] of a packed batch of one row; return N."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, tokens: int, device: torch.device) -> int:
+    """Check cumulative sequence lengths [N + 1] of a packed batch of one row on `device`; return N.
+
+    Their values are looked at on the CPU only: on a GPU the host would wait for them.
+    """
     if batch != 1:
         raise ValueError(f"cu_seqlens packs all sequences into one row: B must be 1, got {batch}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens must be [N + 1] with N at least 1, got shape {list(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device} but the tokens are on {device}; move it there"
+        )
+    if device.type != "cpu":
+        return len(cu_seqlens) - 1
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != tokens:
         raise ValueError(f"cu_seqlens must run from 0 to T = {tokens}, got {offsets[0]} to {offsets[-1]}")

@@ -15,7 +15,7 @@ import torch
 
 from kimi_linear.ops.packing import chunk_layout
 
-CHUNK_SIZE = 64
+CHUNK_SIZE = 32
 SMALLEST_CHUNK = 16
 
 
@@ -83,7 +83,7 @@ def chunked_kda(
 
 
 def chunk_size_for(longest: int) -> int:
-    """64, or less where all sequences are short: the least power of two that holds the longest, from 16."""
+    """32, or less where all sequences are short: the least power of two that holds the longest, from 16."""
     size = SMALLEST_CHUNK
     while size < min(longest, CHUNK_SIZE):
         size *= 2

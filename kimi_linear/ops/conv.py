@@ -1,9 +1,15 @@
 """Causal short convolution with SiLU, one filter per channel, over packed sequences."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from kimi_linear.ops.arguments import check_cu_seqlens
 from kimi_linear.ops.packing import token_positions
+
+# Filters of the Triton kernels; PyTorch serves other widths.
+KERNEL_WIDTH = 4
 
 
 def short_convolution(
@@ -14,31 +20,85 @@ def short_convolution(
 ) -> torch.Tensor:
     """y_t = silu(sum_w weight[:, w] x_{t - (W - 1) + w}), each sequence on its own.
 
+    Differentiable in x, weight and initial_state. On a GPU nothing waits for the device.
+
     Args:
-        x: [T, C], sequences packed.
+        x: [T, C], sequences packed. Rows may lie apart, as columns of a wider projection do.
         weight: [C, W]; its last column multiplies the current token.
-        cu_seqlens: [N + 1], boundaries of the sequences.
+        cu_seqlens: [N + 1] int, boundaries of the sequences, on x's device.
         initial_state: [N, W - 1, C], the inputs before each sequence, oldest first; zeros if None.
 
     Returns:
-        y [T, C].
+        y [T, C], contiguous.
+
+    Raises:
+        ValueError: a shape that does not fit the others.
     """
-    width = weight.shape[1]
-    _, sequences = token_positions(cu_seqlens)
-    # Lay W - 1 earlier inputs before every sequence; then each tap reads the same rows, one row later.
-    sequences_count = len(cu_seqlens) - 1
-    first = torch.arange(len(x), device=x.device) + sequences * (width - 1)
-    rows = x.new_zeros(len(x) + sequences_count * (width - 1), x.shape[1])
-    rows = rows.index_copy(0, first + (width - 1), x)
+    if x.ndim != 2 or weight.ndim != 2 or len(weight) != x.shape[1] or weight.shape[1] < 2:
+        shapes = f"x {list(x.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"x must be [T, C] and weight [C, W] with W at least 2, got {shapes}")
+    sequences = check_cu_seqlens(cu_seqlens, 1, len(x), x.device)
     if initial_state is not None:
-        starts = cu_seqlens[:-1].long() + torch.arange(sequences_count, device=x.device) * (width - 1)
-        history = starts.unsqueeze(1) + torch.arange(width - 1, device=x.device)
-        rows = rows.index_copy(0, history.flatten(), initial_state.to(x.dtype).flatten(0, 1))
-    reach = len(rows) - (width - 1)
-    y = rows[:reach] * weight[:, 0]
-    for tap in range(1, width):
-        y = torch.addcmul(y, rows[tap : tap + reach], weight[:, tap])
-    return F.silu(y[first])
+        expected = [sequences, weight.shape[1] - 1, x.shape[1]]
+        if list(initial_state.shape) != expected:
+            given = list(initial_state.shape)
+            raise ValueError(f"initial_state must be [N, W - 1, C] = {expected}, got {given}")
+        initial_state = initial_state.to(x.dtype)
+    if x.is_cuda and x.numel() and weight.shape[1] == KERNEL_WIDTH and x.dtype != torch.float64:
+        from kimi_linear.ops.triton.conv import short_convolution as kernel
+
+        return kernel(x, weight, cu_seqlens, initial_state)
+    return ShortConvolution.apply(x, weight, cu_seqlens, initial_state)
+
+
+class ShortConvolution(torch.autograd.Function):
+    """`short_convolution` in PyTorch.
+
+    Every sequence is laid down behind W - 1 rows of its own history, so that each tap reads all rows at once,
+    one row later than the tap before it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        history: torch.Tensor | None,
+    ) -> torch.Tensor:
+        back, sequences = weight.shape[1] - 1, len(cu_seqlens) - 1
+        device = x.device
+        # A token's output stands at row `at`, its input W - 1 rows below.
+        at = torch.arange(len(x), device=device) + token_positions(cu_seqlens, len(x))[1] * back
+        starts = cu_seqlens[:-1].long() + torch.arange(sequences, device=device) * back
+        history_at = (starts.unsqueeze(1) + torch.arange(back, device=device)).flatten()
+        rows = x.new_zeros(len(x) + sequences * back, x.shape[1])
+        rows.index_copy_(0, at + back, x)
+        if history is not None:
+            rows.index_copy_(0, history_at, history.flatten(0, 1))
+        filtered = rows[: len(rows) - back] * weight[:, 0]
+        for tap in range(1, back + 1):
+            filtered.addcmul_(rows[tap : len(rows) - back + tap], weight[:, tap])
+        ctx.save_for_backward(rows, weight, filtered, at, history_at)
+        return F.silu(filtered.index_select(0, at))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, filtered, at, history_at = ctx.saved_tensors
+        back = weight.shape[1] - 1
+        chosen = filtered.index_select(0, at)
+        grad_chosen = torch.ops.aten.silu_backward(grads[0], chosen)
+        grad_filtered = torch.zeros_like(filtered).index_copy_(0, at, grad_chosen)
+        grad_rows = torch.zeros_like(rows)
+        grad_weight = torch.empty_like(weight)
+        for tap in range(back + 1):
+            seen = slice(tap, len(rows) - back + tap)
+            grad_rows[seen].addcmul_(grad_filtered, weight[:, tap])
+            grad_weight[:, tap] = torch.linalg.vecdot(grad_filtered, rows[seen], dim=0)
+        grad_history = None
+        if ctx.needs_input_grad[3]:
+            grad_history = grad_rows.index_select(0, history_at).unflatten(0, (-1, back))
+        return grad_rows.index_select(0, at + back), grad_weight, None, grad_history
 
 
 def convolution_state(

@@ -1,5 +1,7 @@
 """The public operators: one signature each, the implementation chosen by the device of q."""
 
+from collections.abc import Callable
+
 import torch
 
 from kimi_linear.ops.arguments import activate, check_arguments
@@ -28,7 +30,8 @@ def chunk_kda(
     """Kimi Delta Attention (arXiv:2510.26692) in chunks, for training and prefill. Differentiable.
 
     Names, shapes, defaults and state layout are those of flash-linear-attention 0.6.0. Arithmetic is in
-    float32, or float64 where q is float64.
+    float32, or float64 where q is float64. On a GPU nothing waits for the device, so the values of cu_seqlens
+    go unchecked.
 
     Args:
         q, k: [B, T, H, K].
@@ -53,50 +56,11 @@ def chunk_kda(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or a combination without meaning.
     """
-    check_arguments(
-        q, k, v, g, beta, initial_state, use_gate_in_kernel, A_log, dt_bias, lower_bound, cu_seqlens
-    )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = q.dtype
-    if q.is_cuda:
-        import kimi_linear.ops.triton as kernels
-
-        return kernels.chunk_kda(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=use_gate_in_kernel,
-            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            cu_seqlens=cu_seqlens,
-        )
-    q, k, v, g, beta = activate(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        A_log,
-        dt_bias,
-        lower_bound,
-    )
-    if cu_seqlens is None:
-        cu_seqlens = uniform_cu_seqlens(q.shape[0], q.shape[1], q.device)
-    rows = v.shape[:2]
-    q, k, v, g, beta = (x.flatten(0, 1) for x in (q, k, v, g, beta))
-    o, final_state = chunked_kda(q, k, v, g, beta, scale, initial_state, cu_seqlens)
-    return o.unflatten(0, rows).to(dtype), final_state if output_final_state else None
+    return _apply(
+        "chunk_kda", _in_chunks, q, k, v, g, beta, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, A_log, dt_bias, lower_bound,
+        cu_seqlens,
+    )  # fmt: skip
 
 
 def fused_recurrent_kda(
@@ -121,57 +85,89 @@ def fused_recurrent_kda(
     Arguments, results and errors are those of `chunk_kda`. All sequences advance together, so the cost grows
     with the longest one.
     """
-    check_arguments(
-        q, k, v, g, beta, initial_state, use_gate_in_kernel, A_log, dt_bias, lower_bound, cu_seqlens
-    )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = q.dtype
+    return _apply(
+        "fused_recurrent_kda", _by_tokens, q, k, v, g, beta, scale, initial_state, output_final_state,
+        use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, A_log, dt_bias, lower_bound,
+        cu_seqlens,
+    )  # fmt: skip
+
+
+def _apply(
+    name: str,
+    on_cpu: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    normalize: bool,
+    use_gate: bool,
+    sigmoid_beta: bool,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check a call and hand it to the Triton operator `name`, or activated to `on_cpu`."""
+    check_arguments(q, k, v, g, beta, initial_state, use_gate, A_log, dt_bias, lower_bound, cu_seqlens)
     if q.is_cuda:
         import kimi_linear.ops.triton as kernels
 
-        return kernels.fused_recurrent_kda(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=use_gate_in_kernel,
-            use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            lower_bound=lower_bound,
-            cu_seqlens=cu_seqlens,
-        )
+        return getattr(kernels, name)(
+            q, k, v, g, beta, scale, initial_state, output_final_state, normalize, use_gate, sigmoid_beta,
+            A_log, dt_bias, lower_bound, cu_seqlens,
+        )  # fmt: skip
+    dtype = q.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v, g, beta = activate(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        use_qk_l2norm_in_kernel,
-        use_gate_in_kernel,
-        use_beta_sigmoid_in_kernel,
-        A_log,
-        dt_bias,
-        lower_bound,
+        q, k, v, g, beta, normalize, use_gate, sigmoid_beta, A_log, dt_bias, lower_bound
     )
+    o, final_state = on_cpu(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    return o.to(dtype), final_state if output_final_state else None
+
+
+def _in_chunks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if cu_seqlens is None:
+        cu_seqlens = uniform_cu_seqlens(q.shape[0], q.shape[1], q.device)
+    rows = v.shape[:2]
+    q, k, v, g, beta = (x.flatten(0, 1) for x in (q, k, v, g, beta))
+    o, state = chunked_kda(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    return o.unflatten(0, rows), state
+
+
+def _by_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     state = initial_state
     if state is None:
         state = q.new_zeros(sequences, v.shape[2], q.shape[3], v.shape[3])
     if cu_seqlens is None:
-        o, state = recurrent_kda(q, k, v, g, beta, scale, state)
-    else:
-        # One chunk holds the longest sequence. Padding has k = beta = g = 0 and so leaves the state as it is.
-        layout = chunk_layout(cu_seqlens, max(1, int(cu_seqlens.diff().max())))
-        q, k, v, g, beta = (layout.pad(x.squeeze(0)) for x in (q, k, v, g, beta))
-        running = layout.chunks
-        ordered = state[layout.order]
-        o, advanced = recurrent_kda(q, k, v, g, beta, scale, ordered[:running])
-        state = torch.cat((advanced, ordered[running:]))[layout.ranks]
-        o = layout.unpad(o).unsqueeze(0)
-    return o.to(dtype), state if output_final_state else None
+        return recurrent_kda(q, k, v, g, beta, scale, state)
+    # One chunk holds the longest sequence. Padding has k = beta = g = 0 and so leaves the state as it is.
+    layout = chunk_layout(cu_seqlens, max(1, int(cu_seqlens.diff().max())))
+    q, k, v, g, beta = (layout.pad(x.squeeze(0)) for x in (q, k, v, g, beta))
+    running = layout.chunks
+    ordered = state[layout.order]
+    o, advanced = recurrent_kda(q, k, v, g, beta, scale, ordered[:running])
+    state = torch.cat((advanced, ordered[running:]))[layout.ranks]
+    return layout.unpad(o).unsqueeze(0), state

@@ -56,19 +56,18 @@ def chunk_layout(cu_seqlens: torch.Tensor, chunk_size: int) -> ChunkLayout:
     step_sizes = (chunk_counts.unsqueeze(0) > step.unsqueeze(1)).sum(1)
     step_starts = step_sizes.cumsum(0) - step_sizes
 
-    positions, sequences = token_positions(cu_seqlens)
+    positions, sequences = token_positions(cu_seqlens, int(offsets[-1]))
     chunk = step_starts[positions // chunk_size] + ranks[sequences]
     slots = chunk * chunk_size + positions % chunk_size
     return ChunkLayout(slots, step_sizes.tolist(), ranks, order, chunk_size)
 
 
-def token_positions(cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each packed token its position in its sequence and the number of its sequence, both [T] int64."""
+def token_positions(cu_seqlens: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of T packed tokens its position in its sequence and its sequence's number, both [T] int64."""
     offsets = cu_seqlens.long()
-    lengths = offsets.diff()
-    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths)
-    positions = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[sequences]
-    return positions, sequences
+    place = torch.arange(tokens, device=offsets.device)
+    sequences = torch.searchsorted(offsets[1:], place, right=True)
+    return place - offsets[sequences], sequences
 
 
 def uniform_cu_seqlens(batch: int, tokens: int, device: torch.device) -> torch.Tensor:

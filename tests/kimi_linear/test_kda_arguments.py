@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kimi_linear.ops import chunk_kda, fused_recurrent_kda
+from kimi_linear.ops.arguments import check_cu_seqlens
 
 
 def call(form: object, **changes: object) -> None:
@@ -69,6 +70,13 @@ def test_a_meaningless_call_is_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         call(form, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_boundaries_on_another_device_are_refused_and_values_on_a_gpu_are_not_waited_for() -> None:
+    elsewhere = torch.empty(3, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="cu_seqlens is on meta but the tokens are on cpu"):
+        call(chunk_kda, cu_seqlens=elsewhere)
+    assert check_cu_seqlens(elsewhere, 1, 6, elsewhere.device) == 2
 
 
 def test_both_operators_take_the_same_named_arguments_and_no_others() -> None:

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -70,3 +71,18 @@ def test_no_gradient_crosses_a_boundary() -> None:
     short_convolution(x, torch.randn(2, 4), torch.tensor([0, 5, 9]))[5:].sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad[:5], torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.randn(9, 3)}, "x must be"),
+        ({"weight": torch.randn(2, 1)}, "W at least 2"),
+        ({"initial_state": torch.zeros(1, 3, 2)}, r"\[2, 3, 2\], got \[1, 3, 2\]"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "from 0 to T = 9"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(changes: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {"x": torch.randn(9, 2), "weight": torch.randn(2, 4), "cu_seqlens": torch.tensor([0, 5, 9])}
+    with pytest.raises(ValueError, match=message):
+        short_convolution(**{**arguments, **changes})

@@ -1,0 +1,146 @@
+"""The Triton kernels of the short convolution and the gated norm against float64 under Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, so these tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_linear.ops import gated_rms_norm, short_convolution
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_layer_kernels_agree_with_pytorch_under_the_interpreter() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    from kimi_linear.ops.triton import conv, norm
+
+    def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((x.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+    def check(kernel, exact, tensors: list[torch.Tensor], tolerance: float = 1e-6) -> None:  # type: ignore[no-untyped-def]
+        """The kernel's result and every gradient against the same function in float64."""
+        for x in tensors:
+            x.requires_grad_()
+        y, expected = kernel(*tensors), exact(*(x.double() for x in tensors))
+        assert y.dtype == tensors[0].dtype
+        assert y.is_contiguous()
+        assert relative_error(y.detach(), expected.detach()) < tolerance
+        grad = torch.randn_like(y)
+        grads = torch.autograd.grad(y, tensors, grad)
+        expected_grads = torch.autograd.grad(expected, tensors, grad.double())
+        for x, want in zip(grads, expected_grads, strict=True):
+            assert relative_error(x, want.double()) < tolerance
+
+    def check_convolution(
+        lengths: list[int], channels: int, with_state: bool, tolerance: float = 1e-6, **kind: torch.dtype
+    ) -> None:
+        tokens, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+        x, weight = torch.randn(tokens, channels + 3, **kind)[:, 3:], torch.randn(channels, 4, **kind)
+        tensors = [x, weight]
+        if with_state:
+            tensors.append(torch.randn(len(lengths), 3, channels, **kind))
+
+        def kernel(*t: torch.Tensor) -> torch.Tensor:
+            return conv.short_convolution(t[0], t[1], cu_seqlens, *t[2:])
+
+        def exact(*t: torch.Tensor) -> torch.Tensor:
+            return short_convolution(t[0], t[1], cu_seqlens, *t[2:])
+
+        check(kernel, exact, tensors, tolerance)
+
+    def check_norm(tensors: list[torch.Tensor], tolerance: float = 1e-6) -> None:
+        check(
+            lambda *t: norm.gated_rms_norm(*t, eps=1e-5),
+            lambda *t: gated_rms_norm(*t, eps=1e-5),
+            tensors,
+            tolerance,
+        )
+
+    @pytest.fixture
+    def _short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("FORWARD_OPTIONS", "BACKWARD_OPTIONS"):
+            small = {"BT": 8, "GROUP": 4, "BC": 16, "num_warps": 1}
+            monkeypatch.setattr(conv, name, small)
+
+    @pytest.mark.usefixtures("_short_strips")
+    @pytest.mark.parametrize("with_state", [False, True])
+    def test_convolution_of_many_strips_has_pytorchs_results_and_gradients(with_state: bool) -> None:
+        check_convolution([1, 0, 2, 9, 3], 19, with_state)
+
+    def test_convolution_takes_its_own_strip_sizes() -> None:
+        check_convolution([62], 5, False)
+
+    @settings(max_examples=4, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4).filter(any),
+        channels=st.integers(1, 16),
+        with_state=st.booleans(),
+        seed=st.integers(0, 2**31),
+    )
+    def test_convolution_of_any_packing_has_pytorchs_results_and_gradients(
+        lengths: list[int], channels: int, with_state: bool, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("FORWARD_OPTIONS", "BACKWARD_OPTIONS"):
+                patch.setattr(conv, name, {"BT": 8, "GROUP": 4, "BC": 16, "num_warps": 1})
+            check_convolution(lengths, channels, with_state)
+
+    @pytest.mark.usefixtures("_short_strips")
+    def test_half_precision_convolution_rounds_its_result_once() -> None:
+        check_convolution([7, 5], 16, True, tolerance=0.005, dtype=torch.bfloat16)
+
+    @pytest.mark.usefixtures("_short_strips")
+    def test_a_sequence_of_nan_leaves_its_neighbours_alone() -> None:
+        x, weight = torch.randn(11, 4), torch.randn(4, 4)
+        x[5:8] = float("nan")
+        x.requires_grad_()
+        y = conv.short_convolution(x, weight, torch.tensor([0, 5, 8, 11]))
+        assert torch.equal(y.isnan().any(1), torch.arange(11).clamp(5, 7) == torch.arange(11))
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert grad[:5].isfinite().all()
+        assert grad[8:].isfinite().all()
+
+    @settings(max_examples=6, deadline=None)
+    @given(
+        shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 40)),
+        size=st.sampled_from([0.01, 1.0, 1000.0]),
+        seed=st.integers(0, 2**31),
+    )
+    def test_gated_norm_of_any_shape_has_pytorchs_results_and_gradients(
+        shape: tuple[int, int, int], size: float, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        tensors = [size * torch.randn(shape), 3 * torch.randn(shape), torch.randn(shape[-1])]
+        check(
+            lambda *t: norm.gated_rms_norm(*t, eps=1e-5),
+            lambda *t: gated_rms_norm(*t, eps=1e-5),
+            tensors,
+            1e-5,
+        )
+
+    def test_gated_norm_of_more_blocks_than_programs_adds_up_the_whole_weight_gradient(
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(norm, "BLOCK", 64)
+        monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 3)
+        tensors = [torch.randn(29, 16), torch.randn(29, 16), torch.randn(16)]
+        check_norm(tensors)
+
+    def test_gated_norm_of_zeros_is_zero_with_finite_gradients() -> None:
+        x = torch.zeros(3, 16, requires_grad=True)
+        y = norm.gated_rms_norm(x, torch.randn(3, 16), torch.randn(16), 1e-5)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(y, torch.zeros_like(y))
+        assert grad.isfinite().all()
