@@ -193,6 +193,12 @@ class RunConfig(Section):
         return self.rollout.max_tokens or self.task.required_length + 1
 
     @property
+    def end_of_thought(self) -> str | None:
+        """The text that an answer follows, if there is to be one."""
+        interruption = self.algorithm.interruption
+        return interruption.text if interruption.answer_tokens else None
+
+    @property
     def resolved_algorithm(self) -> AlgorithmConfig:
         """The algorithm, with the default that depends on the budget filled in."""
         if isinstance(self.algorithm, DrGRPOConfig) and self.algorithm.divisor is None:

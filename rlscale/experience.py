@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from rlscale.config import EvaluationConfig
+from rlscale.selection import overlong_penalty
 from rlscale.tasks import Shaping, Task, decode_completion, encode_prompt
 from rlscale.types import Completion, GenerationReport, Problem, Rollout, Sampling
 
@@ -57,8 +58,8 @@ class ScoredGroup:
 
     @property
     def tokens(self) -> int:
-        """Of its completions."""
-        return sum(len(rollout.completion.token_ids) for rollout in self.rollouts)
+        """Drawn, of its completions."""
+        return sum(rollout.completion.drawn_tokens for rollout in self.rollouts)
 
     @property
     def oldest_version(self) -> int:
@@ -95,23 +96,35 @@ def _completion(data: Mapping[str, Any]) -> Completion:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Gives completions their rewards."""
+    """Gives completions their rewards.
+
+    Args:
+        end_of_thought: what is scored is what follows its last occurrence; None: all that was drawn.
+        budget, overlong_buffer: of the penalty for length, see `overlong_penalty`; a buffer of 0 has none.
+    """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     reward: Shaping
+    end_of_thought: str | None = None
+    budget: int = 0
+    overlong_buffer: float = 0.0
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
         """A prompt's completions as rollouts of one group, numbered by the prompt's place."""
         group = ScoredGroup(prompt, [], [], [])
         for completion in completions:
             text = decode_completion(self.tokenizer, completion.token_ids)
+            answer = text if self.end_of_thought is None else text.rpartition(self.end_of_thought)[2]
             # A right answer that runs on past its end is no right answer: the policy has to stop by itself.
-            right = self.task.score(prompt.problem, text, "exact") == 1.0
+            right = self.task.score(prompt.problem, answer, "exact") == 1.0
             exact = right and completion.finish_reason == "stop"
             score = float(exact)
             if self.reward != "exact":
-                score = self.task.score(prompt.problem, text, self.reward)
+                score = self.task.score(prompt.problem, answer, self.reward)
+            score -= overlong_penalty(
+                completion.drawn_tokens, self.budget, self.overlong_buffer, prompt.problem.required_length
+            )
             group.rollouts.append(Rollout(prompt.prompt_ids, completion, score, prompt.place))
             group.texts.append(text)
             group.passed.append(exact)
@@ -125,11 +138,14 @@ class Experience:
     Args:
         generated_tokens: of all that was drawn for this batch, groups included that are not in it.
         wall_s: seconds in which `generated_tokens` were drawn.
+        filtered_solved, filtered_unsolved: groups drawn for this batch and left out, see `selection.Tally`.
     """
 
     groups: list[ScoredGroup]
     generated_tokens: int
     wall_s: float
+    filtered_solved: int = 0
+    filtered_unsolved: int = 0
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -163,6 +179,9 @@ class Experience:
             "pass_rate": self.pass_rate,
             "response_tokens_mean": self.response_tokens_mean,
             "truncated_fraction": self.truncated_fraction,
+            "interrupted_fraction": fmean(r.completion.forced is not None for r in self.rollouts),
+            "filtered_solved": self.filtered_solved,
+            "filtered_unsolved": self.filtered_unsolved,
             "rollout_s": self.wall_s,
             "rollout_tokens_per_s": self.generated_tokens / self.wall_s,
         }
@@ -203,9 +222,10 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     sampling: Sampling,
+    end_of_thought: str | None = None,
 ) -> Experience:
     """Held-out pass rate: the same problems each time, sampled as in training, scored exactly."""
     problems = [task.problem("held_out", key) for key in range(config.prompts)]
     prompts = [Prompt(i, p, encode_prompt(tokenizer, p.prompt)) for i, p in enumerate(problems)]
     sampling = replace(sampling, samples=config.samples_per_prompt)
-    return collect(sampler, Scorer(task, tokenizer, "exact"), prompts, sampling)
+    return collect(sampler, Scorer(task, tokenizer, "exact", end_of_thought), prompts, sampling)

@@ -22,10 +22,12 @@ from rlscale.experience import Scorer, TrainingPrompts, evaluate
 from rlscale.flops import step_flops
 from rlscale.learner.actor import LearnerGroup
 from rlscale.learner.advantages import assign_advantages
+from rlscale.learner.examples import ptx_batches
 from rlscale.models import model_config
 from rlscale.rollout.pool import RolloutPool
 from rlscale.runs.files import write_json
 from rlscale.runs.folder import RunFolder
+from rlscale.selection import Selection
 from rlscale.sources import experience_source
 from rlscale.staleness import staleness_metrics
 from rlscale.tasks import Task
@@ -74,12 +76,22 @@ def train(
     first_seed = config.seed * _STEPS_PER_SEED
     sampling = Sampling(config.budget, config.rollout.samples_per_prompt, config.rollout.temperature)
     model = model_config(config.model, config.architecture)
+    selected = config.algorithm.selection
+    imitated = ptx_batches(config.algorithm, config.learner.updates_per_step, task, tokenizer, config.seed)
     source = experience_source(
         config.mode,
         rollouts,
         weights,
         TrainingPrompts(task, tokenizer, config.seed),
-        Scorer(task, tokenizer, config.task.reward),
+        Scorer(
+            task,
+            tokenizer,
+            config.task.reward,
+            config.end_of_thought,
+            config.budget,
+            selected.overlong_buffer,
+        ),
+        Selection(selected, config.rollout.prompts_per_step),
         config.rollout.prompts_per_step,
         replace(sampling, seed=first_seed + _STEPS_PER_SEED - 1),
     )
@@ -95,7 +107,7 @@ def train(
                 experience = source.next_batch()
                 watch.lap("batch_wait_s")
                 assign_advantages(experience.rollouts, config.algorithm)
-                trained = learner.train_step(experience.rollouts, config.rollout.temperature)
+                trained = learner.train_step(experience.rollouts, config.rollout.temperature, imitated(step))
                 watch.lap("learner_s")
                 metrics = staleness_metrics(experience.rollouts, synced.version)
                 synced = source.sync_weights()
@@ -113,7 +125,9 @@ def train(
             evaluation: dict[str, Any] = {}
             if step % config.evaluation.every == 0 or step == config.steps:
                 drawn = replace(sampling, seed=first_seed + step)
-                held_out = evaluate(rollouts, task, tokenizer, config.evaluation, drawn)
+                held_out = evaluate(
+                    rollouts, task, tokenizer, config.evaluation, drawn, config.end_of_thought
+                )
                 evaluation = held_out.evaluation() | {"generated_tokens": generated_tokens, "wall_s": wall_s}
                 run.log_evaluation(step, evaluation)
                 run.log_samples(step, held_out.samples())

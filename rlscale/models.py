@@ -15,9 +15,11 @@ from kimi_linear.config import (
     parameter_count,
     preset,
 )
+from rlscale.algorithms import AlgorithmConfig
 from rlscale.config import Architecture, ModelConfig
 from rlscale.errors import UserError
-from rlscale.tasks import build_tokenizer
+from rlscale.rollout.interruption import Interruption
+from rlscale.tasks import build_tokenizer, encode_text
 
 
 def model_config(config: ModelConfig, architecture: Architecture) -> KimiLinearConfig:
@@ -67,6 +69,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: KimiLinearConfig)
             f"model's ({model.vocab_size}, {model.eos_token_id}): set both in model.overrides, or put the "
             "checkpoint's tokenizer into its folder"
         )
+
+
+def interruption_of(algorithm: AlgorithmConfig, tokenizer: PreTrainedTokenizerBase) -> Interruption | None:
+    """What `algorithm` interrupts completions with, in tokens.
+
+    Raises:
+        UserError: the text has a character without a token.
+    """
+    config = algorithm.interruption
+    if not config.answer_tokens:
+        return None
+    return Interruption(encode_text(tokenizer, config.text), config.answer_tokens)
 
 
 def comparison_table(name: str) -> Table:

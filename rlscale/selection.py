@@ -1,18 +1,24 @@
 """Between scoring and training: what rewards teach, what length costs, and which prompts are mastered.
 
-Functions and a small record, group by group, so that a loop of whole batches and one of single groups can use
-them alike.
+All of it group by group, so that whole batches and streams of groups use it alike.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rlscale.algorithms import SelectionConfig
 from rlscale.errors import UserError
 from rlscale.learner.advantages import EQUAL_REWARDS
+
+if TYPE_CHECKING:
+    from rlscale.experience import Prompt, ScoredGroup
+
+_MOST_PASSED_OVER = 10_000
+"""Mastered prompts in a row after which a task counts as exhausted."""
 
 
 def teaches(rewards: Sequence[float]) -> bool:
@@ -35,26 +41,6 @@ def overlong_penalty(tokens: int, budget: int, buffer: float, required_length: i
     """
     start = max((1 - buffer) * budget, required_length + 1)
     return max(0.0, min(tokens, budget) - start) / (budget - start) if budget > start else 0.0
-
-
-def check_draws(drawn: int, found: int, needed: int, prompts_per_step: int, config: SelectionConfig) -> None:
-    """Ends a search for prompts that teach something.
-
-    Args:
-        drawn: prompts drawn for this batch.
-        found: those of them whose completions have different rewards.
-        needed: how many the batch needs.
-
-    Raises:
-        UserError: `config.max_draws` times `prompts_per_step` prompts did not give enough.
-    """
-    if found < needed and drawn >= config.max_draws * prompts_per_step:
-        raise UserError(
-            f"of {drawn} prompts only {found} had completions of different rewards, a step needs {needed}: "
-            "the policy solves nearly all or nearly none, so change the task's difficulty or "
-            "warm_start.target_pass_rate, raise algorithm.selection.max_draws, or set "
-            "algorithm.selection.equal_rewards=keep"
-        )
 
 
 class PassRates:
@@ -100,6 +86,112 @@ class PassRates:
     def _is_high(self, counts: tuple[int, int]) -> bool:
         passed, drawn = counts
         return self._mastered_at is not None and drawn > 0 and passed / drawn >= self._mastered_at
+
+
+@dataclass(slots=True)
+class Tally:
+    """Groups drawn for one batch.
+
+    Args:
+        kept: groups to train on.
+        solved, unsolved: left out since all completions earned the same, as all passed, or not all.
+    """
+
+    kept: int = 0
+    solved: int = 0
+    unsolved: int = 0
+
+    @property
+    def drawn(self) -> int:
+        return self.kept + self.solved + self.unsolved
+
+
+class Selection:
+    """Decides which prompts are drawn and which scored groups are trained on, and keeps count.
+
+    Args:
+        prompts_per_step: groups that a batch has.
+    """
+
+    def __init__(self, config: SelectionConfig, prompts_per_step: int) -> None:
+        self._config, self._prompts_per_step = config, prompts_per_step
+        self._pass_rates = PassRates(config.retire_pass_rate)
+        self._tally = Tally()
+
+    def next_prompts(
+        self, prompt_at: Callable[[int], Prompt], place: int, count: int
+    ) -> tuple[list[Prompt], int]:
+        """The next prompts from a place on, mastered ones passed over, and the place after them.
+
+        Raises:
+            UserError: the task seems to have no other prompts left.
+        """
+        prompts: list[Prompt] = []
+        passed_over = 0
+        while len(prompts) < count:
+            prompt = prompt_at(place)
+            place += 1
+            if not self._pass_rates.is_mastered(prompt.problem.prompt):
+                prompts.append(prompt)
+                passed_over = 0
+                continue
+            passed_over += 1
+            if passed_over == _MOST_PASSED_OVER:
+                raise UserError(
+                    f"the policy passes all prompts of the task at {self._config.retire_pass_rate} or more: "
+                    "end the run, or give it a harder task or a higher algorithm.selection.retire_pass_rate"
+                )
+        return prompts, place
+
+    def takes(self, group: ScoredGroup) -> bool:
+        """Takes a scored group in; whether it is trained on."""
+        self._pass_rates.record(group.prompt.problem.prompt, group.passed)
+        if self._config.equal_rewards == "keep" or teaches([rollout.reward for rollout in group.rollouts]):
+            self._tally.kept += 1
+            return True
+        self._tally.solved += all(group.passed)
+        self._tally.unsolved += not all(group.passed)
+        return False
+
+    def to_draw(self) -> int:
+        """Groups to draw next for a batch that is drawn as a whole; 0 once there is enough to train on.
+
+        Raises:
+            UserError: `max_draws` times `prompts_per_step` groups did not give enough.
+        """
+        n, tally = self._prompts_per_step, self._tally
+        if tally.drawn == 0:
+            return n
+        count = {"keep": 0, "drop": 0 if tally.kept else n, "redraw": n - tally.kept}[
+            self._config.equal_rewards
+        ]
+        if count and tally.drawn >= self._config.max_draws * n:
+            raise UserError(
+                f"of {tally.drawn} prompts only {tally.kept} had completions of different rewards "
+                f"({tally.solved} others were always passed): change the task's difficulty or "
+                "warm_start.target_pass_rate, raise algorithm.selection.max_draws, or set "
+                "algorithm.selection.equal_rewards=keep"
+            )
+        return count
+
+    def close_batch(self) -> Tally:
+        """The tally of this batch; the next one's begins."""
+        tally, self._tally = self._tally, Tally()
+        return tally
+
+    def metrics(self) -> dict[str, float]:
+        """`mastered_prompts`, those not to be drawn again, where there can be some."""
+        return (
+            {} if self._config.retire_pass_rate is None else {"mastered_prompts": self._pass_rates.mastered}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs; plain data for JSON."""
+        return {"pass_rates": self._pass_rates.state_dict(), "tally": asdict(self._tally)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._pass_rates.load_state_dict(state["pass_rates"])
+        self._tally = Tally(**state["tally"])
 
 
 def _digest(prompt: str) -> str:

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from rlscale.algorithms import SelectionConfig
 from rlscale.bubbles import StepWatch
 from rlscale.config import AsynchronousConfig, ModeConfig
 from rlscale.experience import Prompt, ScoredGroup
 from rlscale.rollout.pool import Usage, even_slices
+from rlscale.selection import Selection
 from rlscale.sources import experience_source
 from rlscale.staleness import staleness_metrics
 from rlscale.types import Completion, GenerationReport, GroupRequest, Problem, Rollout, Sampling
@@ -150,7 +152,14 @@ def simulate(
     )
     sampling = Sampling(max_tokens=1, samples=samples_per_prompt)
     source = experience_source(
-        mode, pool, _Weights(clock, pool, learner.sync_s), _Prompts(), _Scores(), prompts_per_step, sampling
+        mode,
+        pool,
+        _Weights(clock, pool, learner.sync_s),
+        _Prompts(),
+        _Scores(),
+        Selection(SelectionConfig(), prompts_per_step),
+        prompts_per_step,
+        sampling,
     )
     version = source.sync_weights().version
     records, tokens = [], 0

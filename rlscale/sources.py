@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from rlscale.config import AsynchronousConfig, ModeConfig, OneStepOffConfig
 from rlscale.experience import Experience, Prompt, ScoredGroup
 from rlscale.rollout.pool import Usage
+from rlscale.selection import Selection
 from rlscale.staleness import StalenessManager
 from rlscale.types import Completion, GenerationReport, GroupRequest, Sampling
 from rlscale.weights.base import SyncReport, WeightSynchronizer
@@ -106,6 +107,7 @@ class BatchSource(ExperienceSource):
     the policy and the prompts' places, so a run can be repeated.
 
     Args:
+        selection: of prompts and groups.
         sampling: for training; `seed` is the run's.
         ahead: draw the next batch while the learner trains on this one.
     """
@@ -116,12 +118,13 @@ class BatchSource(ExperienceSource):
         weights: WeightSynchronizer,
         prompts: Prompts,
         scores: Scores,
+        selection: Selection,
         prompts_per_step: int,
         sampling: Sampling,
         ahead: bool,
     ) -> None:
         self._rollouts, self._weights = rollouts, weights
-        self._prompts, self._scores = prompts, scores
+        self._prompts, self._scores, self._selection = prompts, scores, selection
         self._prompts_per_step, self._sampling, self._ahead = prompts_per_step, sampling, ahead
         self._place = 0  # of the first prompt that no batch has had
         self._drawing: tuple[list[Prompt], Pending] | None = None
@@ -132,7 +135,7 @@ class BatchSource(ExperienceSource):
         batch = self._finish()
         self._drawn = None
         if self._ahead:
-            self._begin()
+            self._begin(self._prompts_per_step)
         return batch
 
     def sync_weights(self) -> SyncReport:
@@ -142,8 +145,8 @@ class BatchSource(ExperienceSource):
         return self._weights.sync_weights()
 
     def metrics(self) -> dict[str, Any]:
-        """See `ExperienceSource.metrics`: whole batches say nothing more."""
-        return {}
+        """See `ExperienceSource.metrics`: what the selection says."""
+        return self._selection.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """See `ExperienceSource.state_dict`."""
@@ -152,15 +155,18 @@ class BatchSource(ExperienceSource):
             "groups": [group.to_json() for group in drawn.groups],
             "generated_tokens": drawn.generated_tokens,
             "wall_s": drawn.wall_s,
+            "filtered_solved": drawn.filtered_solved,
+            "filtered_unsolved": drawn.filtered_unsolved,
         }
-        return {"place": self._place, "ahead": ahead}
+        return {"place": self._place, "ahead": ahead, "selection": self._selection.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `ExperienceSource.load_state_dict`."""
         self._place = state["place"]
+        self._selection.load_state_dict(state["selection"])
         if ahead := state["ahead"]:
-            groups = [ScoredGroup.from_json(group, self._prompts.at) for group in ahead["groups"]]
-            self._drawn = Experience(groups, ahead["generated_tokens"], ahead["wall_s"])
+            groups = [ScoredGroup.from_json(group, self._prompts.at) for group in ahead.pop("groups")]
+            self._drawn = Experience(groups, **ahead)
 
     def close(self) -> None:
         """See `ExperienceSource.close`."""
@@ -168,20 +174,26 @@ class BatchSource(ExperienceSource):
             self._drawing[1].cancel()
             self._drawing = None
 
-    def _begin(self) -> tuple[list[Prompt], Pending]:
-        first, self._place = self._place, self._place + self._prompts_per_step
-        prompts = [self._prompts.at(place) for place in range(first, self._place)]
+    def _begin(self, count: int) -> tuple[list[Prompt], Pending]:
+        first = self._place
+        prompts, self._place = self._selection.next_prompts(self._prompts.at, first, count)
         sampling = replace(self._sampling, first_prompt=first)
         self._drawing = prompts, self._rollouts.begin([prompt.prompt_ids for prompt in prompts], sampling)
         return self._drawing
 
     def _finish(self) -> Experience:
-        if self._drawn is None:
-            prompts, pending = self._drawing or self._begin()
+        groups: list[ScoredGroup] = []
+        tokens, wall_s = 0, 0.0
+        while self._drawn is None:
+            prompts, pending = self._drawing or self._begin(self._selection.to_draw())
             report = pending.result()
             self._drawing = None
-            groups = [self._scores.score(*drawn) for drawn in zip(prompts, report.completions, strict=True)]
-            self._drawn = Experience(groups, report.generated_tokens, report.wall_s)
+            scored = [self._scores.score(*drawn) for drawn in zip(prompts, report.completions, strict=True)]
+            groups += [group for group in scored if self._selection.takes(group)]
+            tokens, wall_s = tokens + report.generated_tokens, wall_s + report.wall_s
+            if self._selection.to_draw() == 0:
+                tally = self._selection.close_batch()
+                self._drawn = Experience(groups, tokens, wall_s, tally.solved, tally.unsolved)
         return self._drawn
 
 
@@ -194,6 +206,7 @@ class AsynchronousSource(ExperienceSource):
     among the finished ones.
 
     Args:
+        selection: of prompts and groups; groups that it leaves out are replaced, under drop as under redraw.
         sampling: for training; `seed` is the run's.
     """
 
@@ -203,12 +216,14 @@ class AsynchronousSource(ExperienceSource):
         weights: WeightSynchronizer,
         prompts: Prompts,
         scores: Scores,
+        selection: Selection,
         prompts_per_step: int,
         sampling: Sampling,
         max_staleness: int,
     ) -> None:
         self._rollouts, self._weights = rollouts, weights
         self._prompts, self._scores, self._sampling = prompts, scores, sampling
+        self._selection = selection
         self._lock = threading.RLock()
         self._manager = StalenessManager(prompts_per_step, max_staleness)
         self._place = 0  # of the first prompt that was never submitted
@@ -231,7 +246,8 @@ class AsynchronousSource(ExperienceSource):
             self._refill()
             now, tokens = self._rollouts.clock(), self._tokens
             since, self._handed_out, self._tokens = self._handed_out, now, 0
-        return Experience(groups, tokens, now - since)
+            tally = self._selection.close_batch()
+        return Experience(groups, tokens, now - since, tally.solved, tally.unsolved)
 
     def sync_weights(self) -> SyncReport:
         """See `ExperienceSource.sync_weights`. Drops what is too old to be trained on by these weights."""
@@ -267,7 +283,7 @@ class AsynchronousSource(ExperienceSource):
                 "groups_running": manager.running,
                 "groups_waiting": manager.waiting,
                 "groups_stale": self._stale_groups,
-            }
+            } | self._selection.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """See `ExperienceSource.state_dict`. Groups that are running will begin anew."""
@@ -278,6 +294,7 @@ class AsynchronousSource(ExperienceSource):
                 "waiting": [group.to_json() for group in self._waiting.values()],
                 "stale_groups": self._stale_groups,
                 "groups": self._manager.state_dict(),
+                "selection": self._selection.state_dict(),
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,6 +302,7 @@ class AsynchronousSource(ExperienceSource):
         with self._lock:
             self._place, self._stale_groups = state["place"], state["stale_groups"]
             self._manager.load_state_dict(state["groups"])
+            self._selection.load_state_dict(state["selection"])
             groups = [ScoredGroup.from_json(group, self._prompts.at) for group in state["waiting"]]
             self._waiting = {group.prompt.place: group for group in groups}
             self._running = {place: self._prompts.at(place) for place in state["running"]}
@@ -309,14 +327,19 @@ class AsynchronousSource(ExperienceSource):
                 self._manager.filter_running()
                 self._stale_groups += 1
                 self._refill()
-            else:
+            elif self._selection.takes(group):
                 self._waiting[place] = group
                 self._manager.accept()
+            else:
+                self._manager.filter_running()
+                self._selection.to_draw()  # raises where the search has gone on for too long
+                self._refill()
 
     def _refill(self) -> None:
         """Submits what admission allows."""
-        prompts = [self._prompts.at(self._place + i) for i in range(self._manager.capacity)]
-        self._place += len(prompts)
+        prompts, self._place = self._selection.next_prompts(
+            self._prompts.at, self._place, self._manager.capacity
+        )
         self._running |= {prompt.place: prompt for prompt in prompts}
         self._manager.submit(len(prompts))
         prompts, self._unsent = self._unsent + prompts, []
@@ -334,11 +357,12 @@ def experience_source(
     weights: WeightSynchronizer,
     prompts: Prompts,
     scores: Scores,
+    selection: Selection,
     prompts_per_step: int,
     sampling: Sampling,
 ) -> ExperienceSource:
     """The source that a mode means."""
-    parts = rollouts, weights, prompts, scores, prompts_per_step, sampling
+    parts = rollouts, weights, prompts, scores, selection, prompts_per_step, sampling
     if isinstance(mode, AsynchronousConfig):
         return AsynchronousSource(*parts, mode.max_staleness)
     return BatchSource(*parts, ahead=isinstance(mode, OneStepOffConfig))

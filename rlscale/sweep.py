@@ -19,7 +19,8 @@ from rlscale import cluster
 from rlscale.config import RunConfig, SweepConfig
 from rlscale.errors import UserError
 from rlscale.events import RunEvent
-from rlscale.models import check_tokenizer, model_config, tokenizer_for
+from rlscale.learner.examples import ptx_batches
+from rlscale.models import check_tokenizer, interruption_of, model_config, tokenizer_for
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
@@ -106,18 +107,23 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: unknown task, impossible length, a model that cannot be built, a tokenizer that is not the
-            model's, prompts and budget that exceed the context or the learner's micro-batch.
+            model's, examples that cannot be read, prompts and budget that exceed the context or the learner's
+            micro-batch.
     """
     task = make_task(config.task.name, config.task.required_length, config.task.options)
     model = model_config(config.model, config.architecture)
     tokenizer = tokenizer_for(config.model)
     check_tokenizer(tokenizer, model)
+    ptx_batches(config.algorithm, config.learner.updates_per_step, task, tokenizer, config.seed)
     prompt = len(encode_prompt(tokenizer, task.problem("train", 0).prompt))
-    longest = prompt + config.budget
+    interruption = interruption_of(config.algorithm, tokenizer)
+    added = interruption.tokens if interruption else 0
+    longest = prompt + config.budget + added
     if longest > model.max_position_embeddings:
         raise UserError(
-            f"a prompt of {prompt} tokens and a budget of {config.budget} exceed the model's context of "
-            f"{model.max_position_embeddings}: lower task.required_length or rollout.max_tokens"
+            f"a prompt of {prompt} tokens, a budget of {config.budget} and an interruption of {added} exceed "
+            f"the model's context of {model.max_position_embeddings}: lower task.required_length or "
+            "rollout.max_tokens"
         )
     if longest > config.learner.tokens_per_micro_batch:
         raise UserError(

@@ -65,6 +65,12 @@ class Completion:
         start, end = self.forced or (0, 0)
         return [t for t in range(len(self.token_ids)) if not start <= t < end]
 
+    @property
+    def drawn_tokens(self) -> int:
+        """How many there are."""
+        start, end = self.forced or (0, 0)
+        return len(self.token_ids) - (end - start)
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedGroup:
@@ -121,4 +127,4 @@ class GenerationReport:
     generated_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.generated_tokens = sum(len(c.token_ids) for group in self.completions for c in group)
+        self.generated_tokens = sum(c.drawn_tokens for group in self.completions for c in group)

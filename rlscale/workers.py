@@ -18,7 +18,7 @@ from rlscale.config import AsynchronousConfig, RunConfig
 from rlscale.events import RunEvent
 from rlscale.learner.actor import LearnerGroup, LearnerSpec
 from rlscale.loop import train
-from rlscale.models import model_config, tokenizer_for
+from rlscale.models import interruption_of, model_config, tokenizer_for
 from rlscale.rollout.actor import EngineSpec
 from rlscale.rollout.engine import InFlight
 from rlscale.rollout.pool import RolloutPool
@@ -59,7 +59,14 @@ class Workers(AbstractContextManager["Workers"]):
             in_flight: InFlight = "refuse"
             if isinstance(config.mode, AsynchronousConfig):
                 in_flight = config.mode.in_flight
-            engine = EngineSpec(self.model_config, dtype, context, config.rollout, in_flight)
+            engine = EngineSpec(
+                self.model_config,
+                dtype,
+                context,
+                config.rollout,
+                in_flight,
+                interruption_of(config.algorithm, self.tokenizer),
+            )
             self.rollouts = RolloutPool(engine, placement)
             self._stack.callback(self.rollouts.close)
             spec = LearnerSpec(self.model_config, dtype, config.model.checkpoint)

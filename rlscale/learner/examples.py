@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from rlscale.algorithms import Data
+from rlscale.algorithms import AlgorithmConfig, Data, MirrorDescentConfig
 from rlscale.errors import UserError
 from rlscale.tasks import Task, encode_prompt, encode_text
 from rlscale.types import Example
@@ -103,3 +104,23 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
     return Example(
         encode_prompt(tokenizer, prompt), [*encode_text(tokenizer, completion), tokenizer.eos_token_id]
     )
+
+
+def ptx_batches(
+    algorithm: AlgorithmConfig,
+    updates_per_step: int,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> Callable[[int], list[Example]]:
+    """The examples of each RL step, counted from 1, for the algorithm's supervised loss; none where it has
+    none.
+
+    Raises:
+        UserError: as `ExampleFile`.
+    """
+    if not isinstance(algorithm, MirrorDescentConfig) or algorithm.ptx.data is None:
+        return lambda _: []
+    examples = supervised_data(algorithm.ptx.data, task, tokenizer, seed)
+    n = algorithm.ptx.batch_size * updates_per_step
+    return lambda step: [examples.at(number) for number in range((step - 1) * n, step * n)]

@@ -80,7 +80,7 @@ class MinibatchTotals:
     def of(cls, rollouts: Sequence[Rollout]) -> MinibatchTotals:
         group_tokens: Counter[int] = Counter()
         for rollout in rollouts:
-            group_tokens[rollout.group] += len(rollout.completion.drawn())
+            group_tokens[rollout.group] += rollout.completion.drawn_tokens
         return cls(group_tokens.total(), len(rollouts), group_tokens)
 
 
@@ -204,7 +204,7 @@ def _checked_lengths(rollouts: Sequence[Rollout], tokens_per_micro_batch: int) -
 
 def _packed_length(rollout: Rollout) -> int:
     tokens, logprobs = rollout.completion.token_ids, rollout.completion.logprobs
-    if not rollout.prompt_ids or not rollout.completion.drawn():
+    if not rollout.prompt_ids or not rollout.completion.drawn_tokens:
         empty = "completion" if rollout.prompt_ids else "prompt"
         raise ValueError(
             f"a rollout of group {rollout.group} has an empty {empty}: there is nothing to learn"

@@ -11,6 +11,7 @@ from transformers import KimiLinearConfig
 
 from rlscale.config import RolloutConfig
 from rlscale.rollout.engine import InFlight, RolloutEngine
+from rlscale.rollout.interruption import InterruptingEngine, Interruption
 from rlscale.types import FinishedGroup, GroupRequest
 from rlscale.weights.shared_memory import WeightManifest, open_weights
 
@@ -25,6 +26,7 @@ class EngineSpec:
         context: longest prompt and completion together, in tokens.
         config: which engine, and how much it may take.
         in_flight: what new weights mean for completions in the making.
+        interruption: of completions that spend their budget; None lets it cut them off.
     """
 
     model: KimiLinearConfig
@@ -32,6 +34,7 @@ class EngineSpec:
     context: int
     config: RolloutConfig
     in_flight: InFlight = "refuse"
+    interruption: Interruption | None = None
 
     @property
     def threads(self) -> int:
@@ -45,6 +48,10 @@ class EngineSpec:
             UserError: vLLM is not installed, or there is no memory for the engine or its cache.
         """
         torch.set_num_threads(self.threads)
+        engine = self._build()
+        return engine if self.interruption is None else InterruptingEngine(engine, self.interruption)
+
+    def _build(self) -> RolloutEngine:
         if self.config.engine == "reference":
             from rlscale.rollout.reference_engine import ReferenceEngine
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from local_pool import LocalPool
 
 from rlscale.config import RunConfig, parse_config
-from rlscale.experience import Prompt, Scorer, TrainingPrompts
+from rlscale.errors import UserError
+from rlscale.experience import Prompt, ScoredGroup, Scorer, TrainingPrompts
 from rlscale.learner.learner import Learner, LearnerSpec
 from rlscale.loop import train
-from rlscale.models import model_config, tokenizer_for
+from rlscale.models import interruption_of, model_config, tokenizer_for
+from rlscale.rollout.engine import RolloutEngine
+from rlscale.rollout.interruption import InterruptingEngine
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.runs import RunFolder, read_run
 from rlscale.tasks import make_task
@@ -54,11 +59,15 @@ def run(config: RunConfig, folder: RunFolder, stop_after: int | None = None) -> 
     """Trains into `folder`, from its newest checkpoint if it has one; returns the steps' metrics."""
     model = model_config(config.model, config.architecture)
     task = make_task(config.task.name, config.task.required_length, config.task.options)
-    learner = LearnerSpec(model, torch.float32).build(config.learner, config.algorithm, config.seed)
+    algorithm = config.resolved_algorithm
+    learner = LearnerSpec(model, torch.float32).build(config.learner, algorithm, config.seed)
     latest = folder.latest_checkpoint()
     if latest:
         learner.load(latest[1])
-    pool = LocalPool(ReferenceEngine(model, torch.float32, 64, 64))
+    engine: RolloutEngine = ReferenceEngine(model, torch.float32, 64, 64)
+    if interruption := interruption_of(config.algorithm, tokenizer_for(config.model)):
+        engine = InterruptingEngine(engine, interruption)
+    pool = LocalPool(engine)
     weights = Direct(learner, pool, latest[0] if latest else 0)
     seen = []
     steps = train(config, task, tokenizer_for(config.model), learner, pool, weights, folder)
@@ -107,6 +116,86 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     joined = read_run(tmp_path / "broken")
     assert [step["step"] for step in joined.metrics] == [1, 2, 3, 4]
     assert [held_out["step"] for held_out in joined.evaluations] == [0, 2, 4]
+
+
+SELECTING = {
+    "redraw": {"kind": "dapo"},
+    "drop": {"kind": "scalerl", "interruption": {"answer_tokens": 3, "text": "!"}},
+    "retire": {"selection": {"retire_pass_rate": 0.75}},
+    "ptx": {"kind": "mirror_descent", "ptx": {"data": "solutions", "batch_size": 3}},
+}
+
+
+class CoinScorer(Scorer):
+    """Passes completions that begin with a token of even number, so that an untrained policy has a signal."""
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+        group = Scorer.score(self, prompt, completions)
+        passed = [completion.token_ids[0] % 2 == 0 for completion in completions]
+        for rollout, one in zip(group.rollouts, passed, strict=True):
+            rollout.reward = float(one)
+        return dataclasses.replace(group, passed=passed)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "one_step_off"])
+@pytest.mark.parametrize("algorithm", SELECTING)
+def test_a_run_that_selects_is_repeated_by_a_resumed_one(
+    algorithm: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlscale.loop.Scorer", CoinScorer)
+    config = settings(
+        steps=3,
+        algorithm=SELECTING[algorithm],
+        mode={"kind": mode},
+        checkpoint={"every": 1},
+        evaluation={"every": 3, "prompts": 2},
+        learner={"updates_per_step": 2},
+    )
+    with RunFolder.create(tmp_path / "whole", config) as folder:
+        whole = run(config, folder)
+    with RunFolder.create(tmp_path / "broken", config) as folder:
+        first = run(config, folder, stop_after=2)
+    with RunFolder.resume(tmp_path / "broken", config) as folder:
+        second = run(config, folder)
+    assert without_timings(first[:3] + second) == without_timings(whole)
+    steps = whole[1:]
+    if algorithm == "redraw":
+        assert all(0 < step["reward_mean"] < 1 for step in steps)
+        assert any(step["filtered_solved"] + step["filtered_unsolved"] for step in steps)
+    elif algorithm == "drop":
+        assert all(step["interrupted_fraction"] > 0 for step in steps)
+    elif algorithm == "retire":
+        assert steps[-1]["mastered_prompts"] > 0
+    else:
+        assert all(step["ptx_loss"] > 0 for step in steps)
+
+
+def test_a_policy_that_learns_nothing_ends_the_run_with_what_to_change(tmp_path: Path) -> None:
+    config = settings(algorithm={"kind": "dapo", "selection": {"max_draws": 2}}, task={"required_length": 9})
+    with (
+        RunFolder.create(tmp_path / "run", config) as folder,
+        pytest.raises(UserError, match="of 8 prompts only 0"),
+    ):
+        run(config, folder)
+
+
+def test_overlong_answers_earn_less_and_answers_after_a_thought_count() -> None:
+    tokenizer = tokenizer_for(settings().model)
+    task = make_task("reversal", 3, {})
+    problem = dataclasses.replace(task.problem("train", 0), prompt="abc=", answer="cba")
+
+    def scored(text: str, **options: Any) -> tuple[float, bool]:
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        completion = Completion(ids, [0.0] * len(ids), [0] * len(ids), "stop")
+        group = Scorer(task, tokenizer, "exact", **options).score(Prompt(0, problem, [5]), [completion])
+        return group.rollouts[0].reward, group.passed[0]
+
+    assert scored("xyz</think>cba") == (0.0, False)
+    assert scored("xyz</think>cba", end_of_thought="</think>") == (1.0, True)
+    assert scored("cba", end_of_thought="</think>") == (1.0, True)
+    # 15 tokens in a budget of 20, of which the last 10 cost up to 1.
+    assert scored("xyz</think>cba", end_of_thought="</think>", budget=20, overlong_buffer=0.5) == (0.5, True)
+    assert scored("cba", budget=4, overlong_buffer=0.5) == (1.0, True)
 
 
 def test_no_problem_is_drawn_twice_in_a_run_nor_by_two_seeds() -> None:

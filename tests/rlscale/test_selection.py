@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from rlscale.algorithms import SelectionConfig
 from rlscale.errors import UserError
-from rlscale.selection import PassRates, check_draws, overlong_penalty, teaches
+from rlscale.experience import Prompt, ScoredGroup
+from rlscale.selection import PassRates, Selection, overlong_penalty, teaches
+from rlscale.types import Completion, Problem, Rollout
 
 
 def test_only_different_rewards_teach() -> None:
@@ -45,13 +47,77 @@ def test_no_completion_of_the_required_length_is_punished_and_none_by_more_than_
         assert penalty == 0
 
 
+def group(rewards: list[float], prompt: str = "p", place: int = 0) -> ScoredGroup:
+    """Scored completions, passed where the reward is 1."""
+    rollouts = [Rollout([1], Completion([2], [-1.0], [0], "stop"), reward, place) for reward in rewards]
+    problem = Problem(prompt, "a", 1, place)
+    passed = [reward == 1.0 for reward in rewards]
+    return ScoredGroup(Prompt(place, problem, [1]), rollouts, ["a"] * len(rewards), passed)
+
+
+SOLVED, UNSOLVED, MIXED = [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "taken", "still"),
+    [
+        ("keep", [True, True, True], 0),
+        ("drop", [False, False, True], 0),
+        ("redraw", [False, False, True], 2),
+    ],
+)
+def test_each_rule_takes_its_groups_and_draws_until_it_has_enough(
+    rule: str, taken: list[bool], still: int
+) -> None:
+    selection = Selection(SelectionConfig(equal_rewards=rule), prompts_per_step=3)  # type: ignore[arg-type]
+    assert selection.to_draw() == 3
+    assert [selection.takes(group(rewards)) for rewards in (SOLVED, UNSOLVED, MIXED)] == taken
+    assert selection.to_draw() == still
+    tally = selection.close_batch()
+    assert (tally.solved, tally.unsolved) == ((0, 0) if rule == "keep" else (1, 1))
+    assert tally.drawn == 3
+    assert selection.to_draw() == 3
+
+
+def test_a_batch_from_which_all_is_dropped_is_drawn_again() -> None:
+    selection = Selection(SelectionConfig(equal_rewards="drop"), prompts_per_step=2)
+    assert not selection.takes(group(SOLVED))
+    assert not selection.takes(group(SOLVED))
+    assert selection.to_draw() == 2
+
+
 def test_the_search_for_prompts_ends_with_what_to_change() -> None:
-    config = SelectionConfig(equal_rewards="redraw", max_draws=3)
-    check_draws(drawn=11, found=3, needed=4, prompts_per_step=4, config=config)
-    check_draws(drawn=12, found=4, needed=4, prompts_per_step=4, config=config)
-    with pytest.raises(UserError, match=r"of 12 prompts only 3 .* needs 4: .*max_draws") as caught:
-        check_draws(drawn=12, found=3, needed=4, prompts_per_step=4, config=config)
+    selection = Selection(SelectionConfig(equal_rewards="redraw", max_draws=3), prompts_per_step=2)
+    selection.takes(group(MIXED))
+    for _ in range(4):
+        selection.takes(group(SOLVED))
+    assert selection.to_draw() == 1
+    selection.takes(group(UNSOLVED))
+    with pytest.raises(UserError, match=r"of 6 prompts only 1 .*\(4 others .*max_draws") as caught:
+        selection.to_draw()
     assert "\n" not in str(caught.value)
+
+
+def test_mastered_prompts_are_passed_over_and_the_state_survives_json() -> None:
+    def prompt_at(place: int) -> Prompt:
+        return Prompt(place, Problem("abc"[place % 3], "a", 1, place), [1])
+
+    selection = Selection(SelectionConfig(retire_pass_rate=0.9), prompts_per_step=4)
+    prompts, place = selection.next_prompts(prompt_at, 0, 4)
+    assert ([p.place for p in prompts], place) == ([0, 1, 2, 3], 4)
+    selection.takes(group(SOLVED, prompt="b"))
+    selection.takes(group(MIXED, prompt="c"))
+    restored = Selection(SelectionConfig(retire_pass_rate=0.9), prompts_per_step=4)
+    restored.load_state_dict(json.loads(json.dumps(selection.state_dict())))
+    for each in (selection, restored):
+        prompts, place = each.next_prompts(prompt_at, 4, 3)
+        assert ([p.place for p in prompts], place) == ([5, 6, 8], 9)
+        assert each.metrics() == {"mastered_prompts": 1}
+        assert each.close_batch().kept == 2
+    for prompt in "ac":
+        selection.takes(group([1.0] * 50, prompt=prompt))
+    with pytest.raises(UserError, match=r"all prompts of the task at 0\.9 or more"):
+        selection.next_prompts(prompt_at, 0, 1)
 
 
 def test_a_prompt_is_mastered_by_its_pass_rate_over_all_its_completions() -> None:

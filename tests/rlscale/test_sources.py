@@ -12,9 +12,11 @@ from local_pool import LocalPool
 from kimi_linear.checkpoint import named_released_tensors
 from kimi_linear.config import preset
 from kimi_linear.model import KimiLinearForCausalLM
+from rlscale.algorithms import SelectionConfig
 from rlscale.config import AsynchronousConfig, ModeConfig, OneStepOffConfig, SynchronousConfig
 from rlscale.experience import Experience, Prompt, ScoredGroup
 from rlscale.rollout.reference_engine import ReferenceEngine
+from rlscale.selection import Selection
 from rlscale.sources import ExperienceSource, experience_source
 from rlscale.staleness import staleness_metrics
 from rlscale.types import Completion, Problem, Rollout, Sampling
@@ -68,7 +70,9 @@ def start(mode: ModeConfig, seed: int, first_version: int = 0) -> tuple[Experien
     pool = LocalPool(ReferenceEngine(CONFIG, torch.float32, CONTEXT, PLACES, in_flight))
     policies = Policies(pool, seed, first_version)
     sampling = Sampling(BUDGET, SAMPLES, seed=seed)
-    return experience_source(mode, pool, policies, Prompts(), Lengths(), PROMPTS, sampling), policies
+    selection = Selection(SelectionConfig(), PROMPTS)
+    source = experience_source(mode, pool, policies, Prompts(), Lengths(), selection, PROMPTS, sampling)
+    return source, policies
 
 
 def fresh_seed() -> int:
