@@ -70,7 +70,7 @@ class _Seat:
     """A worker's place in the pool, which outlives the worker. Guarded by the pool's lock.
 
     Args:
-        is_up: its engine has started.
+        is_up: its engine has started, in `start_s` seconds.
         tried: the manifest that the worker loaded last, or failed to with `load_error`.
         version: of the weights that it holds; None before the first.
         lost: found dead by another thread than its own.
@@ -82,6 +82,7 @@ class _Seat:
     index: int
     actor: Any
     is_up: bool = False
+    start_s: float = 0.0
     tried: WeightManifest | None = None
     load_error: Exception | None = None
     version: int | None = None
@@ -104,8 +105,8 @@ class _Seat:
 class RolloutPool:
     """As many workers as `spec.config.workers`, behind a few verbs.
 
-    Engines start in the background as soon as the pool is made; the first sync, or `ready`, waits for them.
-    Any thread may call any verb.
+    Engines start in the background as soon as the pool is made; `ready` waits for them. What is asked of the
+    pool earlier goes to those that are up. Any thread may call any verb.
 
     Args:
         placement: reservation to place worker i into, on its bundle `first_bundle + i` of `bundles(config)`.
@@ -119,7 +120,6 @@ class RolloutPool:
         self._streams: list[GroupStream] = []
         self._manifest: WeightManifest | None = None
         self._usage = Usage()
-        self._start_s: dict[int, float] = {}  # by seat, of its first engine
         self._error: BaseException | None = None
         self._closed = False
         self._seats = [_Seat(i, self._spawn(i)) for i in range(spec.config.workers)]
@@ -151,14 +151,15 @@ class RolloutPool:
             return [seat.actor for seat in self._seats]
 
     def ready(self) -> float:
-        """Waits until all engines are up; returns the seconds that the slowest took to start.
+        """Waits until all engines are up, those too that replace dead ones; returns the seconds that the
+        slowest took to start.
 
         Raises:
             UserError: an engine could not start; says why and what to change.
         """
         with self._changed:
-            self._wait_for(lambda: len(self._start_s) == self.workers)
-            return max(self._start_s.values())
+            self._wait_for(lambda: all(seat.is_up and not seat.lost for seat in self._seats))
+            return max(seat.start_s for seat in self._seats)
 
     def clock(self) -> float:
         """Seconds on the clock that the work here takes time by."""
@@ -194,13 +195,12 @@ class RolloutPool:
     def load_weights(self, manifest: WeightManifest) -> list[int]:
         """Loads a published version into all engines, each between two of its steps; returns their versions.
 
-        A worker that is being replaced meanwhile loads it before it draws a token.
+        A worker that is starting meanwhile loads it before it draws a token; one at least must be up.
 
         Raises:
             ValueError: names or shapes differ from the engine's; the message names them.
             UserError: an engine could not start, or workers keep dying.
         """
-        self.ready()
         with self._changed:
             self._manifest = manifest
             self._changed.notify_all()
@@ -343,8 +343,7 @@ class RolloutPool:
     def _start(self, seat: _Seat) -> None:
         seconds = result(seat.actor.start.remote())
         with self._changed:
-            seat.is_up = True
-            self._start_s.setdefault(seat.index, seconds)
+            seat.is_up, seat.start_s = True, seconds
             self._changed.notify_all()
 
     def _load(self, seat: _Seat) -> None:
