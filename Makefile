@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test browser lint clean
 
 demo: $(VENV)/.cpu
 	$(BIN)/rlscale sweep experiments/demo.yaml --overwrite
 
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev browser lint
 	$(BIN)/python -m pytest
+
+# Tests of the report click through it in a browser.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		{ echo "the tests need Chromium: apt-get install chromium"; exit 1; }
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

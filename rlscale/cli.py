@@ -6,6 +6,7 @@ Imports that take seconds (torch, Ray, vLLM) stay inside the commands, so that `
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -143,6 +144,36 @@ def plot(
     """
     out = output or folders[0] / "plots"
     draw(folders, out, out / "summary.json")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Runs, or sweeps of runs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page; by default FOLDER/report.html."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve the page on this machine while runs go on; Ctrl-C ends it.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --live; 0 takes a free one.")] = 8321,
+) -> None:
+    """Write one HTML page to decide from: verdict, figures, table of runs, settings and sample rollouts.
+
+    The page holds everything that it shows and needs no network. Finished and unfinished runs will do.
+    """
+    if live:
+        from rlscale.scaling.live import live_server
+
+        with live_server(folders, port) as server:
+            host, bound = server.server_address[:2]
+            typer.echo(f"the report is at http://{host!s}:{bound}/ until Ctrl-C")
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+        return
+    from rlscale.scaling.report import write_report
+
+    typer.echo(f"the report is in {write_report(folders, output or folders[0] / 'report.html')}")
 
 
 @app.command()

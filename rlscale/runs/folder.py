@@ -34,6 +34,7 @@ from rlscale.runs.reading import (
     EVALUATIONS,
     FORMAT,
     METRICS,
+    SAMPLES,
     STATUS,
     WARM_START,
     read_config,
@@ -44,8 +45,7 @@ from rlscale.runs.reading import (
 __all__ = ["Progress", "RunFolder", "read_run"]
 
 _ENVIRONMENT = "environment.json"
-_SAMPLES = "samples.jsonl"
-_RECORDS = (METRICS, EVALUATIONS, _SAMPLES)
+_RECORDS = (METRICS, EVALUATIONS, SAMPLES)
 _TENSORBOARD = "tensorboard"
 _CHECKPOINTS = "checkpoints"
 _LOCK = ".lock"
@@ -190,7 +190,7 @@ class RunFolder:
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Appends sample rollouts to samples.jsonl, each with its step."""
         with full_disk_named(self.path):
-            self._lines[_SAMPLES].append(*({"step": step, **sample} for sample in samples))
+            self._lines[SAMPLES].append(*({"step": step, **sample} for sample in samples))
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:

@@ -19,6 +19,7 @@ CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"
 WARM_START = "warm_start.json"
 
 # Marks a folder as a run of this project's, and the version of its layout.
@@ -97,6 +98,15 @@ def read_run(folder: Path) -> RunRecord:
         warm_start=_read_warm_start(folder),
         status=status,
     )
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The sample rollouts of the run in `folder`, oldest first.
+
+    Raises:
+        UserError: a line is not readable.
+    """
+    return read_json_lines(folder / SAMPLES)
 
 
 def _read_warm_start(folder: Path) -> dict[str, Any] | None:

@@ -13,12 +13,12 @@ from rlscale.scaling.fit import Extrapolation, FitRefused, SigmoidFit, extrapola
 from rlscale.scaling.series import Cell
 
 AXES = {
-    "step": "RL steps",
     "generated_tokens": "generated tokens",
     "flops": "FLOPs of rollouts and training",
     "device_hours": "GPU-hours, or CPU-hours",
+    "step": "RL steps",
 }
-"""Compute axes and what they are called."""
+"""Compute axes and what they are called, the most telling first."""
 
 _SAMPLES = 300
 

@@ -51,18 +51,19 @@ from rlscale.scaling.series import (
     over_steps,
     prompts_evaluated,
     require_comparable,
+    step_phases,
     wilson,
 )
-from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, Look
+from rlscale.scaling.style import (
+    ARCHITECTURES,
+    CACHE_CLAIMS,
+    GREY,
+    PHASES,
+    THROUGHPUT_CLAIMS,
+    Claims,
+    Look,
+)
 from rlscale.scaling.summary import Ratio, hybrid_to_mla, summarise
-
-# Hybrid over MLA in the Kimi Linear paper (arXiv:2510.26692, abstract and figure 1), for the 48B model at
-# 1M tokens: what lines in figures are drawn at, as multiples of the MLA measured here.
-_THROUGHPUT_CLAIMS = {
-    2.2: "MLA × 2.2: paper, 1M tokens, 1 sequence",
-    6.3: "MLA × 6.3: paper, 1M tokens, full",
-}
-_CACHE_CLAIMS = {0.25: "MLA × 0.25: paper, 1M tokens"}
 
 
 def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -103,10 +104,10 @@ def figures(runs: Sequence[RunRecord]) -> dict[str, Figure]:
         "scaling_hours": scaling_curves(fitted["device_hours"]),
         "asymptotes": asymptotes(fitted["generated_tokens"]),
         "throughput": _against_length(
-            cells, "rollout_tokens_per_s", "rollout tokens per second", 1.0, _THROUGHPUT_CLAIMS
+            cells, "rollout_tokens_per_s", "rollout tokens per second", 1.0, THROUGHPUT_CLAIMS
         ),
         "cache": _against_length(
-            cells, "cache_bytes_per_sequence", "cache per sequence (KiB)", 1 / 1024, _CACHE_CLAIMS
+            cells, "cache_bytes_per_sequence", "cache per sequence (KiB)", 1 / 1024, CACHE_CLAIMS
         ),
         "ratio": _ratios(hybrid_to_mla(rows)),
         "crossing": crossing_lengths(crossings(rows)),
@@ -157,9 +158,7 @@ def _pass_rates(cells: Cells, x: str) -> Figure | None:
     return figure
 
 
-def _against_length(
-    cells: Cells, name: str, label: str, scale: float, claims: dict[float, str]
-) -> Figure | None:
+def _against_length(cells: Cells, name: str, label: str, scale: float, claims: Claims) -> Figure | None:
     """A metric's median over steps against the required length: dots are runs, the line is their mean.
 
     `claims` are factors of the MLA's mean that get a thin line each, and what it says.
@@ -288,13 +287,7 @@ def _step_times(cells: Cells) -> Figure | None:
     bars: list[tuple[Cell, str, dict[str, float]]] = []
     for cell, architectures in cells.items():
         for architecture, runs in architectures.items():
-            means = {
-                name: float(np.mean([v for run in runs if (v := _mean(run, name)) is not None] or [0.0]))
-                for name in ("rollout_s", "train_s", "sync_s", "step_s")
-            }
-            if means["step_s"] > 0:
-                phases = {name: means[name] for name in ("rollout_s", "train_s", "sync_s")}
-                phases["other_s"] = max(0.0, means["step_s"] - sum(phases.values()))
+            if phases := step_phases(runs):
                 bars.append((cell, architecture, phases))
     if not bars:
         return None
@@ -377,8 +370,3 @@ def _share_y(row: Sequence[Axes], y: str) -> None:
         limits = (0.0, 1.05 * max(panel.dataLim.y1 for panel in row))
     for panel in row:
         panel.set_ylim(limits)
-
-
-def _mean(run: RunRecord, name: str) -> float | None:
-    values = [m[name] for m in run.metrics if m.get(name) is not None]
-    return float(np.mean(values)) if values else None

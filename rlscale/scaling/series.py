@@ -23,6 +23,13 @@ _SHARED = (
     ("model", "preset"),
     ("model", "overrides"),
 )
+# A step's phases, and the metrics that hold them, the learner's view first.
+_PHASES = {
+    "rollout_s": ("batch_wait_s", "rollout_s"),
+    "train_s": ("learner_s", "train_s"),
+    "sync_s": ("sync_stall_s", "sync_s"),
+    "step_s": ("step_s",),
+}
 
 
 class Cell(NamedTuple):
@@ -111,3 +118,19 @@ def over_steps(run: RunRecord, name: str) -> float | None:
     """Median of a metric over the run's steps; None if no step has it."""
     values = [m[name] for m in run.metrics if m.get(name) is not None]
     return float(np.median(values)) if values else None
+
+
+def step_phases(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """Mean seconds of a step by phase, over steps and runs, as the learner sees them; empty without records.
+
+    Runs that generate and train at the same time record what the learner waits for; other runs' phases follow
+    one another and are what they are.
+    """
+    means: dict[str, float] = {}
+    for name, recorded in _PHASES.items():
+        values = [
+            next((m[key] for key in recorded if m.get(key) is not None), 0.0) for r in runs for m in r.metrics
+        ]
+        means[name] = float(np.mean(values)) if values else 0.0
+    total = means.pop("step_s")
+    return means | {"other_s": max(0.0, total - sum(means.values()))} if total > 0 else {}

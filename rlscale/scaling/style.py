@@ -72,6 +72,17 @@ PHASES = {
 }
 
 
+Claims = dict[float, str]
+"""What a paper claims of the hybrid as multiples of full MLA, and how a legend says it."""
+
+# The Kimi Linear paper (arXiv:2510.26692, abstract and figure 1), for the 48B model at 1M tokens.
+THROUGHPUT_CLAIMS: Claims = {
+    2.2: "MLA × 2.2: paper, 1M tokens, 1 sequence",
+    6.3: "MLA × 6.3: paper, 1M tokens, full",
+}
+CACHE_CLAIMS: Claims = {0.25: "MLA × 0.25: paper, 1M tokens"}
+
+
 def new_figure(
     rows: int, columns: int, panel_height: float = PANEL_HEIGHT
 ) -> tuple[Figure, list[list[Axes]]]:

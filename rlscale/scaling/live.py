@@ -1,0 +1,93 @@
+"""`rlscale report --live`: the report served on loopback, drawn again as runs go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from rlscale.errors import UserError
+from rlscale.scaling.report import page, report_data
+
+_HOST = "127.0.0.1"
+_POLL_S = 5
+_RECORDS = ("status.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
+
+
+def live_server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
+    """A server bound to loopback; call `serve_forever` on it. Its page asks for news every few seconds.
+
+    Args:
+        port: 0 takes a free one; `server.server_address` tells which.
+
+    Raises:
+        UserError: the port is taken, or there are no runs.
+    """
+    report = _Report(folders)
+    report.current()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            # A page from elsewhere must not read this one under a name of its own.
+            if self.headers.get("Host", "").rsplit(":", 1)[0] not in (_HOST, "localhost"):
+                self._answer(403, "text/plain", "this report answers to localhost alone")
+            elif url.path == "/":
+                self._answer(200, "text/html", page(report.current()))
+            elif url.path == "/data":
+                data = report.current()
+                if parse_qs(url.query).get("stamp") == [data["stamp"]]:
+                    self._answer(204, "application/json", "")
+                else:
+                    self._answer(200, "application/json", json.dumps(data, allow_nan=False))
+            else:
+                self._answer(404, "text/plain", "there is / and /data")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """The terminal stays the sweep's."""
+
+        def _answer(self, code: int, kind: str, text: str) -> None:
+            body = text.encode()
+            self.send_response(code)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+    try:
+        return ThreadingHTTPServer((_HOST, port), Handler)
+    except OSError as error:
+        raise UserError(f"port {port} cannot be served ({error.strerror}): choose another --port") from None
+
+
+class _Report:
+    """The report's data, made again when the runs' files have changed."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self._folders = folders
+        self._lock = Lock()
+        self._data: dict[str, Any] = {"stamp": None}
+
+    def current(self) -> dict[str, Any]:
+        with self._lock:
+            stamp = self._stamp()
+            if stamp != self._data["stamp"]:
+                self._data = report_data(self._folders) | {"stamp": stamp, "live_s": _POLL_S}
+            return self._data
+
+    def _stamp(self) -> str:
+        """Changes whenever a record grows."""
+        sizes, newest = 0, 0
+        for folder in self._folders:
+            for root, _, names in os.walk(folder):
+                for name in names:
+                    if name in _RECORDS:
+                        found = os.stat(os.path.join(root, name))
+                        sizes, newest = sizes + found.st_size, max(newest, found.st_mtime_ns)
+        return f"{sizes}-{newest}"

@@ -1,0 +1,194 @@
+"""What a sweep says about hybrid against full MLA, in sentences that carry their uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlscale.runs import RunRecord
+from rlscale.scaling.crossing import COMPARED, Crossing
+from rlscale.scaling.curves import FittedCurve
+from rlscale.scaling.summary import Ratio
+
+EXPECTED_METRICS = {
+    "entropy": "entropy",
+    "mismatch_mean": "rollout/learner mismatch",
+    "staleness_mean": "staleness",
+    "rollout_flops": "FLOPs",
+    "truncated_fraction": "truncation",
+}
+"""Metrics that figures draw where a run recorded them, and what they are called."""
+
+_LEADS = {
+    "rollout_tokens_per_s": ("generates faster", "generates no faster"),
+    "cache_bytes_per_sequence": ("needs less cache", "needs no less cache"),
+    "pass_rate_end": ("ends with the higher pass rate", "ends with no higher pass rate"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A headline, what it rests on, and what the runs cannot tell."""
+
+    headline: str
+    findings: list[str]
+    missing: list[str]
+
+
+def judge(
+    runs: Sequence[RunRecord],
+    ratios: Sequence[Ratio],
+    crossings: Sequence[Crossing],
+    curves: Sequence[FittedCurve],
+) -> Verdict:
+    """Puts the comparison into words.
+
+    Args:
+        ratios, crossings: of the finished runs' summaries.
+        curves: fitted, all against one compute axis.
+    """
+    findings = [
+        _about(quantity, _longest(ratios, quantity), _along(crossings, quantity))
+        for quantity in COMPARED
+        if _longest(ratios, quantity)
+    ]
+    findings += _about_asymptotes(curves)
+    findings += _about_extrapolation(curves)
+    findings.append(_about_seeds(runs))
+    return Verdict(_headline(ratios, crossings), findings, _missing(runs, curves))
+
+
+def _headline(ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> str:
+    if not ratios:
+        return "No verdict: no length has a finished run of both architectures with the same seed."
+    parts = []
+    for quantity, (leads, lags) in _LEADS.items():
+        ratio, crossing = _longest(ratios, quantity), _along(crossings, quantity)
+        if ratio is None:
+            continue
+        if _undecided(ratio):
+            parts.append(f"cannot be told from full MLA in {COMPARED[quantity][0]}")
+        elif crossing is None:
+            parts.append(f"{leads if _hybrid_leads(ratio) else lags} at {ratio.required_length:,} tokens")
+        elif crossing.length == 0:
+            parts.append(f"{leads} at every length measured")
+        elif np.isinf(crossing.length):
+            parts.append(f"{lags} even at {crossing.lengths[1]:,} tokens")
+        else:
+            parts.append(f"{leads} from about {crossing.length:,.0f} tokens of output on")
+    return "The hybrid " + "; ".join(parts) + "."
+
+
+def _undecided(ratio: Ratio) -> bool:
+    """Whether the pairs of seeds leave open who is ahead. One or two say nothing of what training decides;
+    what the machine decides may stand on one."""
+    if ratio.low is None or ratio.high is None or ratio.seeds < 3:
+        return ratio.quantity == "pass_rate_end"
+    return ratio.low <= 1 <= ratio.high
+
+
+def _hybrid_leads(ratio: Ratio) -> bool:
+    return (ratio.ratio - 1) * COMPARED[ratio.quantity][1] > 0
+
+
+def _longest(ratios: Sequence[Ratio], quantity: str) -> Ratio | None:
+    mine = [r for r in ratios if r.quantity == quantity]
+    return max(mine, key=lambda r: (r.required_length, r.budget), default=None)
+
+
+def _along(crossings: Sequence[Crossing], quantity: str) -> Crossing | None:
+    mine = [c for c in crossings if c.quantity == quantity]
+    return max(mine, key=lambda c: c.budget_ratio, default=None)
+
+
+def _about(quantity: str, ratio: Ratio | None, crossing: Crossing | None) -> str:
+    assert ratio is not None
+    name = COMPARED[quantity][0]
+    text = f"{name.capitalize()}: hybrid / full MLA is {ratio.ratio:.2f}"
+    if ratio.low is None:
+        text += f" at {ratio.required_length:,} tokens, from one pair of seeds, so its spread is unknown"
+    else:
+        text += f" [{ratio.low:.2f}, {ratio.high:.2f}] at {ratio.required_length:,} tokens"
+        text += f" (95% interval over {ratio.seeds} paired seeds)"
+    if crossing is None:
+        return text + "."
+    shortest, longest = crossing.lengths
+    if crossing.length == 0:
+        return text + f"; the hybrid is ahead at every length from {shortest:,} to {longest:,} tokens."
+    if np.isinf(crossing.length):
+        return text + f"; the hybrid is not ahead at the longest of {shortest:,} to {longest:,} tokens."
+    text += f"; the hybrid is ahead from about {crossing.length:,.0f} tokens on"
+    if crossing.low is None or crossing.high is None:
+        return text + ", without an interval because some length has one seed."
+    low = "below the shortest" if crossing.low == 0 else f"{crossing.low:,.0f}"
+    high = "beyond the longest" if np.isinf(crossing.high) else f"{crossing.high:,.0f}"
+    return text + f" (95% interval: {low} to {high})."
+
+
+def _about_asymptotes(curves: Sequence[FittedCurve]) -> list[str]:
+    """The longest cell where both architectures carry a fit."""
+    by_cell: dict[Any, dict[str, FittedCurve]] = {}
+    for curve in curves:
+        if curve.fit is not None:
+            by_cell.setdefault(curve.cell, {})[curve.architecture] = curve
+    both = [cell for cell, found in by_cell.items() if {"hybrid", "mla"} <= found.keys()]
+    if not both:
+        return []
+    cell = max(both)
+    hybrid, mla = by_cell[cell]["hybrid"].fit, by_cell[cell]["mla"].fit
+    assert hybrid is not None
+    assert mla is not None
+    low, high = np.percentile(hybrid.samples[:, 0] - mla.samples[:, 0], [2.5, 97.5])
+    difference = hybrid.A.value - mla.A.value
+    decided = "no difference that can be told from noise" if low <= 0 <= high else "a difference beyond noise"
+    return [
+        f"Fitted asymptotes at {cell.required_length:,} tokens: hybrid {hybrid.A.value:.2f}, full MLA "
+        f"{mla.A.value:.2f}; difference {difference:+.2f} [{low:+.2f}, {high:+.2f}], {decided}."
+    ]
+
+
+def _about_extrapolation(curves: Sequence[FittedCurve]) -> list[str]:
+    checks = [c.check for c in curves if c.check is not None]
+    if not checks:
+        return []
+    error = float(np.mean([check.error for check in checks]))
+    power = float(np.mean([check.power_law_error for check in checks]))
+    return [
+        f"Sigmoids fitted to the first half of the compute predicted the rest with a mean error of "
+        f"{error:.3f} in pass rate ({len(checks)} curves); power laws with {power:.3f}."
+    ]
+
+
+def _about_seeds(runs: Sequence[RunRecord]) -> str:
+    cells: dict[tuple[Any, ...], set[int]] = {}
+    for run in runs:
+        config = run.config
+        place = (config.architecture, config.task.required_length, config.budget)
+        cells.setdefault(place, set()).add(config.seed)
+    counts = [len(seeds) for seeds in cells.values()]
+    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    few = " Fewer than three say little about the spread between seeds." if min(counts) < 3 else ""
+    return f"Seeds for each architecture and length: {span}.{few}"
+
+
+def _missing(runs: Sequence[RunRecord], curves: Sequence[FittedCurve]) -> list[str]:
+    texts = []
+    trained = [run for run in runs if run.metrics]
+    for name, label in EXPECTED_METRICS.items():
+        without = sum(all(m.get(name) is None for m in run.metrics) for run in trained)
+        if without:
+            texts.append(f"{label}: not recorded by {without} of {len(trained)} runs")
+    for state in ("running", "failed"):
+        count = sum(run.state == state for run in runs)
+        if count:
+            what = "unfinished" if state == "running" else "failed"
+            texts.append(f"{count} of {len(runs)} runs {what}: curves show them, tables of ratios do not")
+    texts += [
+        f"no fit for {c.architecture} at {c.cell.required_length} tokens, budget {c.cell.budget}: {c.refusal}"
+        for c in curves
+        if c.fit is None
+    ]
+    return texts
