@@ -135,5 +135,6 @@ def train(
             if step % config.checkpoint.every == 0 or step == config.steps:
                 with run.checkpoint(step) as folder:
                     learner.save(folder)
+                    tokenizer.save_pretrained(folder)  # so that another run can start from this one
                     write_json(folder / SOURCE_FILE, source.state_dict())
             yield StepReport(step, metrics, evaluation)

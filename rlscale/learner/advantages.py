@@ -82,7 +82,7 @@ def group_relative_advantages(rewards: Sequence[float], groups: Sequence[int], s
 
 
 def leave_one_out_advantages(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """Each reward less the mean of the others of its group: RLOO (arXiv:2402.14740, eq. 8).
+    """Each reward less the mean of the others of its group: RLOO (arXiv:2402.14740).
 
     A = r - (sum of the group - r) / (n - 1), and 0 for a completion without others.
     """

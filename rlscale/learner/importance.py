@@ -26,8 +26,7 @@ def importance_weights(
         truncate:  min(max(w, low), high)
         mask:      w where low <= w <= high, else 0
 
-    Truncation is Ionides' (2008, eq. 2.3) truncated importance sampling; masking tokens is IcePop
-    (arXiv:2510.18855, section 3.1).
+    Truncated importance sampling is Ionides (2008); masking tokens is IcePop (arXiv:2510.18855).
 
     Args:
         old_logprobs: [N] float, log π_old of the tokens, completion after completion.

@@ -6,8 +6,8 @@ micro-batches, on however many ranks, they give the minibatch's own, however it 
 
 In the formulas r_t = exp(log π(t) - log π_old(t)) is a token's importance ratio, A its completion's
 advantage, |y| the tokens of a completion and w_t the weight that `rlscale.learner.importance` gives a token,
-1 without a correction. mean_t is one of the means of `TokenMean`, and weights are left out of it: they scale
-the terms.
+1 without a correction. mean_t is one of the means of `TokenMean`; weights scale the terms, not what these are
+divided by.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def rloo_loss(tokens: PolicyTokens, clip_low: float, clip_high: float) -> tuple[
 
         loss = -1/S sum_y W min(R A, clip(R, 1 - clip_low, 1 + clip_high) A),  R = prod_t r_t
 
-    W is the mean of the completion's weights w_t. The gradient at π = π_old is that of arXiv:2402.14740, eq.
-    8, A sum_t ∇ log π(t); ratio and clip let a batch serve several updates.
+    W is the mean of the completion's weights w_t. The gradient at π = π_old is that of arXiv:2402.14740, -A
+    sum_t ∇ log π(t) / S; ratio and clip, as TRL has them, let a batch serve several updates.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
     ratio = sequence_sums(log_ratio, tokens.lengths).exp().repeat_interleave(tokens.lengths)
@@ -150,8 +150,8 @@ def cispo_loss(tokens: PolicyTokens, max_ratio: float, mean: TokenMean) -> tuple
 
         loss = -mean_t w_t stop_gradient(min(r_t, max_ratio)) A log π(t)
 
-    CISPO, arXiv:2506.13585, eq. 4 and 5, without its lower bound as there; ScaleRL, arXiv:2510.13786, eq. 2
-    and section 4, takes the mean over prompts.
+    CISPO, arXiv:2506.13585, eq. 4 and 5, without a lower bound on the ratio, as there. ScaleRL,
+    arXiv:2510.13786, section 4, takes the mean over prompts.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
     ratio = log_ratio.detach().exp()
@@ -165,9 +165,9 @@ def mirror_descent_loss(tokens: PolicyTokens, tau: float) -> tuple[torch.Tensor,
 
         loss = 1/S sum_y W tau / (2 |y|) (A / tau - sum_t log r_t)^2
 
-    The surrogate of arXiv:2501.12599, section 2.3.2, whose square is taken out of the bracket times 1 / tau
-    and divided by the length. Its gradient at π = π_old is that of REINFORCE, -W A / |y| sum_t ∇ log π(t);
-    away from there a pull of strength tau towards π_old, the last iterate, is added. W is the mean of the
+    arXiv:2501.12599, section 2.3.2: its surrogate (A - tau sum_t log r_t)^2, with the mean reward for tau log
+    Z, over 2 tau |y|. The gradient at π = π_old is that of REINFORCE, -W A / |y| sum_t ∇ log π(t) / S; away
+    from there a pull of strength tau towards π_old, the last iterate, is added. W is the mean of the
     completion's weights w_t.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs

@@ -15,7 +15,7 @@ from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale import cli
 from rlscale.config import RunConfig, SweepConfig
-from rlscale.sections import describe_settings
+from rlscale.sections import describe_settings, sections, tags
 
 RUN = "task: {name: reversal, required_length: 4}\n"
 
@@ -125,6 +125,8 @@ def test_foreign_files_are_left_alone(
         (("tasks", "chess"), "unknown task 'chess'"),
         (("tasks", "reversal", "--required-length", "0"), "required-length"),
         (("run",), "CONFIG"),
+        (("sft", "nowhere.yaml"), "nowhere.yaml"),
+        (("algorithms", "ppo"), "unknown algorithm 'ppo': known are grpo, dr_grpo"),
         (("train",), "train"),
     ],
 )
@@ -161,6 +163,37 @@ def test_settings_names_and_explains_every_setting(
         cli.main()
     said = capsys.readouterr().out
     assert all(key in said for key, _, _ in describe_settings(RunConfig))
+
+
+def test_algorithms_lists_all_and_the_settings_of_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rlscale", "algorithms", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr().out
+
+    everything = said()
+    members = sections(RunConfig.model_fields["algorithm"].annotation)
+    assert all(tags(member)[0] in everything for member in members)
+    one = said("mirror_descent")
+    assert all(key in one for key in ("algorithm.tau", "algorithm.ptx.data", "algorithm.selection.max_draws"))
+    assert "clip_low" not in one
+
+
+def test_sft_leaves_a_checkpoint_and_says_how_to_use_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = tmp_path / "sft.yaml", tmp_path / "out"
+    config.write_text("{steps: 2, batch_size: 2, task: {name: reversal, required_length: 4}}")
+    monkeypatch.setattr(sys, "argv", ["rlscale", "sft", str(config), "-o", str(out), "model.dtype=bfloat16"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    assert "step 2/2, loss" in said
+    assert f"model.checkpoint={out}" in said.replace("\n", "")
+    assert (out / "model.safetensors").exists()
 
 
 def test_help_answers_without_importing_torch() -> None:

@@ -17,19 +17,23 @@ from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.algorithms import (
     AlgorithmConfig,
+    CISPOConfig,
     Correction,
+    DAPOConfig,
     DrGRPOConfig,
     GRPOConfig,
     GSPOConfig,
     MirrorDescentConfig,
     NoCorrection,
     PTXConfig,
+    ReinforcePlusPlusConfig,
     RLOOConfig,
     ScaleRLConfig,
 )
 from rlscale.config import LearnerConfig, WarmStartConfig
 from rlscale.errors import UserError
 from rlscale.learner.actor import LearnerGroup, LearnerWorker
+from rlscale.learner.advantages import assign_advantages
 from rlscale.learner.learner import Learner, LearnerSpec, split_by_group
 from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.losses import PolicyTokens, policy_loss
@@ -272,6 +276,45 @@ def test_training_makes_rewarded_completions_likelier_and_punished_ones_less_lik
     assert after[0] > rewarded + 0.3
     assert after[1] < punished - 0.3
     assert metrics["mismatch_mean"] < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        GRPOConfig(mean="sequence"),
+        DrGRPOConfig(divisor=20),
+        DAPOConfig(),
+        RLOOConfig(),
+        ReinforcePlusPlusConfig(),
+        GSPOConfig(),
+        CISPOConfig(),
+        ScaleRLConfig(),
+        MirrorDescentConfig(),
+    ],
+    ids=lambda a: a.kind,
+)
+def test_every_algorithm_makes_what_is_rewarded_likelier(algorithm: AlgorithmConfig) -> None:
+    """From rewards on, through the algorithm's own advantages, with two updates a step."""
+    rollouts = draw_rollouts(seed=21, groups=4, samples=4)
+    for i, rollout in enumerate(rollouts):
+        rollout.reward = float(i % 2)
+    config = LearnerConfig(learning_rate=1e-3, warmup_steps=1, updates_per_step=2)
+    ours = learner(shape("mla"), config, algorithm=algorithm)
+
+    @torch.no_grad()
+    def lead() -> float:
+        each = [plain_logprobs(ours.model, rollout, 1.0).mean().item() for rollout in rollouts]
+        return sum(each[1::2]) / 8 - sum(each[::2]) / 8
+
+    before = lead()
+    for _ in range(6):
+        with torch.no_grad():
+            for rollout in rollouts:
+                rollout.completion.logprobs = plain_logprobs(ours.model, rollout, 1.0).tolist()
+        assign_advantages(rollouts, algorithm)
+        metrics = ours.train_step(rollouts, temperature=1.0)
+        assert metrics["skipped"] == 0
+    assert lead() > before + 0.1
 
 
 def test_the_learning_rate_rises_linearly_and_stays() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from local_pool import LocalPool
 
-from rlscale.config import RunConfig, parse_config
+from rlscale.config import ModelConfig, RunConfig, parse_config
 from rlscale.errors import UserError
 from rlscale.experience import Prompt, ScoredGroup, Scorer, TrainingPrompts
 from rlscale.learner.learner import Learner, LearnerSpec
@@ -101,7 +101,13 @@ def test_a_run_leaves_metrics_evaluations_samples_and_checkpoints(tmp_path: Path
     assert max(step["mismatch_max"] for step in record.metrics) < 1e-3
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {0, 2, 4}
-    assert (tmp_path / "run" / "checkpoints" / "step_000004").is_dir()
+    # Another run can start from a checkpoint.
+    start = ModelConfig(checkpoint=tmp_path / "run" / "checkpoints" / "step_000004")
+    shape, tokenizer = model_config(start, "hybrid"), tokenizer_for(start)
+    LearnerSpec(shape, torch.float32, start.checkpoint).build(config.learner, config.algorithm, seed=8)
+    assert tokenizer.encode("<eos>", add_special_tokens=False) == (
+        tokenizer_for(config.model).encode("<eos>", add_special_tokens=False)
+    )
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -203,3 +203,42 @@ def test_a_closed_source_leaves_nothing_in_the_engine(mode):
     source.close()
     source.close()
     assert source._rollouts.engine.unfinished == 0
+
+
+class Coin:
+    """Some groups have equal rewards, whatever is drawn."""
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+        equal = prompt.place % 3 == 0
+        rewards = [0.0 if equal else float(i % 2) for i in range(len(completions))]
+        rollouts = [
+            Rollout(prompt.prompt_ids, completion, reward, prompt.place)
+            for completion, reward in zip(completions, rewards, strict=True)
+        ]
+        return ScoredGroup(prompt, rollouts, ["x"] * len(rewards), [reward == 1 for reward in rewards])
+
+
+@pytest.mark.parametrize("mode", [SynchronousConfig(), OneStepOffConfig(), AsynchronousConfig()])
+def test_groups_that_teach_nothing_are_replaced_and_counted_in_every_mode(mode: ModeConfig) -> None:
+    in_flight = mode.in_flight if isinstance(mode, AsynchronousConfig) else "refuse"
+    pool = LocalPool(ReferenceEngine(CONFIG, torch.float32, CONTEXT, PLACES, in_flight))
+    policies = Policies(pool, fresh_seed(), 0)
+    selection = Selection(SelectionConfig(equal_rewards="redraw"), PROMPTS)
+    sampling = Sampling(BUDGET, SAMPLES, seed=5)
+    source = experience_source(mode, pool, policies, Prompts(), Coin(), selection, PROMPTS, sampling)
+    source.sync_weights()
+    filtered = 0
+    for _ in range(4):
+        batch = source.next_batch()
+        assert len(batch.groups) == PROMPTS
+        assert all(group.prompt.place % 3 for group in batch.groups)
+        filtered += batch.filtered_unsolved
+        assert batch.filtered_solved == 0
+        if isinstance(mode, AsynchronousConfig):
+            metrics = source.metrics()
+            assert metrics["groups_submitted"] == (
+                metrics["groups_accepted"] + metrics["groups_filtered"] + metrics["groups_running"]
+            )
+        source.sync_weights()
+    assert filtered > 0
+    source.close()
