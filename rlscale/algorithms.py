@@ -68,7 +68,7 @@ class InterruptionConfig(Section):
 
     answer_tokens: int = Field(0, ge=0)
     """Tokens for the answer, beyond the budget; 0 interrupts nothing, and the completion stays cut off."""
-    text: str = "</think>"
+    text: str = Field("</think>", min_length=1)
     """Ends a thought. What is scored is what follows its last occurrence, in every completion."""
 
 

@@ -162,9 +162,8 @@ class Selection:
         n, tally = self._prompts_per_step, self._tally
         if tally.drawn == 0:
             return n
-        count = {"keep": 0, "drop": 0 if tally.kept else n, "redraw": n - tally.kept}[
-            self._config.equal_rewards
-        ]
+        counts = {"keep": 0, "drop": 0 if tally.kept else n, "redraw": n - tally.kept}
+        count = counts[self._config.equal_rewards]
         if count and tally.drawn >= self._config.max_draws * n:
             raise UserError(
                 f"of {tally.drawn} prompts only {tally.kept} had completions of different rewards "
@@ -181,9 +180,9 @@ class Selection:
 
     def metrics(self) -> dict[str, float]:
         """`mastered_prompts`, those not to be drawn again, where there can be some."""
-        return (
-            {} if self._config.retire_pass_rate is None else {"mastered_prompts": self._pass_rates.mastered}
-        )
+        if self._config.retire_pass_rate is None:
+            return {}
+        return {"mastered_prompts": self._pass_rates.mastered}
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs; plain data for JSON."""

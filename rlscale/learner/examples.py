@@ -73,7 +73,7 @@ def supervised_data(data: Data, task: Task, tokenizer: PreTrainedTokenizerBase, 
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The examples of a file of JSON lines; raises as `ExampleFile`."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").split("\n")  # splitlines would cut at separators inside texts
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"no examples can be read from {path}: {' '.join(str(error).split())}") from None
     examples = []

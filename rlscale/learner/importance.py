@@ -13,7 +13,7 @@ from rlscale.algorithms import Correction, NoCorrection
 from rlscale.learner.metrics import Metrics
 
 _GREATEST_LOG_RATIO = 20.0
-"""e^20 is beyond every bound, and its square is still a float32."""
+"""e^20 is beyond every bound worth setting, and means over such ratios are still finite."""
 
 
 def importance_weights(

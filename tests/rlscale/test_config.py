@@ -95,6 +95,7 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
             "algorithm: {kl: 1}",
             r"'algorithm\.kl': known here are clip_high, clip_low, importance, interruption, kind, mean, sc",
         ),
+        (RunConfig, "algorithm: {interruption: {text: ''}}", r"algorithm\.interruption\.text: .*at least 1"),
         (RunConfig, "algorithm: {kind: ppo}", r"algorithm\.kind: must be one of 'grpo', .*\(given: 'ppo'\)"),
         (
             RunConfig,

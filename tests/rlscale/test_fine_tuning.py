@@ -54,6 +54,16 @@ def test_a_file_gives_every_example_once_in_each_pass_in_an_order_of_its_own(tmp
     assert [other.at(i) for i in range(20)] != [data.at(i) for i in range(20)]
 
 
+def test_a_text_may_hold_separators_of_lines_and_windows_may_have_written_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "a=", "completion": "x\\ny"}\r\n{"prompt": "b=", "completion": "z"}\r\n')
+    data = ExampleFile(path, TOKENIZER, seed=0)
+    assert {decode_completion(TOKENIZER, data.at(i).completion_ids) for i in range(2)} == {"x\ny", "z"}
+    path.write_text('{"prompt": "a\u2028=", "completion": "b"}', "utf-8")
+    with pytest.raises(UserError, match="line 1: the tokenizer has no token for '\\\\u2028'"):
+        ExampleFile(path, TOKENIZER, 0)
+
+
 def test_an_example_is_a_prompt_as_rl_puts_it_and_a_completion_that_ends(tmp_path: Path) -> None:
     data = supervised_data(
         write_lines(tmp_path / "data.jsonl", ("ab=", "ba")), make_task("reversal", 2, {}), TOKENIZER, 0
