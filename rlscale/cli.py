@@ -63,18 +63,33 @@ def run(
 
     Warm start on generated solutions, then RL with rollouts from vLLM. Metrics, held-out evaluations, sample
     rollouts and checkpoints land in the output folder, for `rlscale plot` and TensorBoard. `rlscale settings`
-    lists what CONFIG and KEY=VALUE may set.
+    lists what CONFIG and KEY=VALUE may set. Ctrl-C stops after the step under way and saves it; a second
+    Ctrl-C stops at once.
     """
     from rlscale.config import RunConfig, load_config
     from rlscale.display import Display
+    from rlscale.interruption import Interruption
     from rlscale.sweep import run_one
 
     settings = load_config(RunConfig, config, overrides or [])
     folder = output or Path("runs") / config.stem
-    with Display({folder.name: settings.steps}) as display:
-        for event in run_one(settings, folder, resume=resume, overwrite=overwrite, address=address):
+    display = Display({folder.name: settings.steps})
+    stop = Interruption(lambda: display.console.print("stopping after this step; Ctrl-C again stops at once"))
+    with display, stop:
+        for event in run_one(
+            settings,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            address=address,
+            stop=lambda: stop.requested,
+        ):
             display.show(event)
-    typer.echo(f"results in {folder}; draw them with: rlscale plot {folder}")
+            stop.is_awaited = event.state in ("training", "restarting")
+    if event.state == "stopped":
+        typer.echo(f"stopped at step {event.step}; --resume continues the run in {folder}")
+    else:
+        typer.echo(f"results in {folder}; draw them with: rlscale plot {folder}")
 
 
 @app.command()
@@ -268,6 +283,26 @@ def tasks(
         problem = task.problem("train", key)
         table.add_row(escape(problem.prompt), escape(problem.answer), str(problem.required_length))
     console.print(table)
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run that ended for want of a step.")],
+) -> None:
+    """Take again the step that ended a run: loss, gradient norm, and where a number was not finite first.
+
+    Runs in this process, on the CPU or the GPU that the run's learner used, and changes nothing in FOLDER.
+    """
+    from rlscale.workers import replay_step
+
+    step, report = replay_step(folder)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("step", str(step))
+    table.add_row("loss", f"{report.loss:g}")
+    table.add_row("gradient norm", f"{report.grad_norm:g}")
+    table.add_row("skipped updates", str(report.skipped))
+    table.add_row("first not finite", escape(report.first_bad or "nothing"))
+    Console().print(table)
 
 
 def draw(folders: list[Path], output: Path, summary: Path) -> None:

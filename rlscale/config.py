@@ -98,6 +98,12 @@ class LearnerConfig(Section):
     """AdamW's, decoupled from the gradient."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
+    skip_grad_norm: float = Field(1000.0, gt=0)
+    """An update whose gradient has a larger norm, before that, is skipped, as is one that is not finite."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """Steps in a row with all updates skipped after which the run stops; `rlscale replay` shows the last."""
+    max_restarts: int = Field(3, ge=0)
+    """How often the run goes back to one checkpoint after the learner died; then it stops."""
     updates_per_step: int = Field(1, ge=1)
     """Optimizer steps that one batch of rollouts is cut into."""
     tokens_per_micro_batch: int = Field(8192, ge=1)

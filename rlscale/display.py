@@ -29,7 +29,7 @@ class _Row:
     def take(self, event: RunEvent) -> None:
         self.last = event
         self.started = self.started or time.monotonic()
-        if event.state in ("finished", "failed"):
+        if event.state in ("finished", "stopped", "failed"):
             self.ended = time.monotonic()
         if event.evaluation:
             self.pass_rates.append(event.evaluation["pass_rate"])
@@ -81,7 +81,9 @@ class Display(AbstractContextManager["Display"]):
         row = self.rows[event.run]
         news = event.state != row.last.state
         row.take(event)
-        if event.state == "failed":
+        if event.state == "restarting":
+            self.console.print(f"{event.run}: {escape(event.message)}", highlight=False)
+        elif event.state == "failed":
             self.console.print(f"[bold red]{event.run} failed:[/] {escape(event.message)}", highlight=False)
         elif not self.console.is_terminal and (news or event.evaluation):
             self.console.print(self.line(event.run), highlight=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RunState = Literal["starting", "warm start", "training", "finished", "failed"]
+RunState = Literal["starting", "warm start", "training", "restarting", "stopped", "finished", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class RunEvent:
 
     `metrics` and `evaluation` hold a step's line of `metrics.jsonl` and `evaluations.jsonl`; both are empty
     where the state has none. `warm_start_pass_rate` is the latest of a warm start under way; `message` says
-    why a run failed.
+    why a run failed or restarts from its newest checkpoint.
     """
 
     run: str

@@ -9,7 +9,7 @@ the data alone, so a resumed run draws what an uninterrupted one would have draw
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlscale.bubbles import StepWatch
-from rlscale.config import RunConfig
+from rlscale.config import LearnerConfig, RunConfig
+from rlscale.errors import UserError
 from rlscale.experience import Scorer, TrainingPrompts, evaluate
 from rlscale.flops import step_flops
 from rlscale.learner.actor import LearnerGroup
@@ -25,6 +26,7 @@ from rlscale.learner.advantages import assign_advantages
 from rlscale.learner.examples import ptx_batches
 from rlscale.models import model_config
 from rlscale.rollout.pool import RolloutPool
+from rlscale.runs.batches import Batch, save_batch
 from rlscale.runs.files import write_json
 from rlscale.runs.folder import RunFolder
 from rlscale.selection import Selection
@@ -62,15 +64,20 @@ def train(
     rollouts: RolloutPool,
     weights: WeightSynchronizer,
     run: RunFolder,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Trains from the step after the run's newest checkpoint to `config.steps`; yields a report a step.
+
+    When `stop()` says so at the end of a step, that step is saved and the last one.
 
     The learner must hold the weights of that checkpoint, and `weights` must number its next sync by its step.
     `wall_s` counts generating, training and syncing; evaluations and checkpoints are the observer's cost, not
     the run's.
 
     Raises:
-        UserError: the disk is full, workers keep dying, or a prompt and its budget exceed the context.
+        UserError: the disk is full, workers keep dying, a prompt and its budget exceed the context, or the
+            learner could take none of several steps; the last batch is then kept for `rlscale replay`.
+        LearnerDied: the learner must be replaced, and training begun again from the newest checkpoint.
     """
     last, generated_tokens, wall_s = run.progress()
     first_seed = config.seed * _STEPS_PER_SEED
@@ -107,7 +114,8 @@ def train(
                 experience = source.next_batch()
                 watch.lap("batch_wait_s")
                 assign_advantages(experience.rollouts, config.algorithm)
-                trained = learner.train_step(experience.rollouts, config.rollout.temperature, imitated(step))
+                batch = Batch(experience.rollouts, config.rollout.temperature, list(imitated(step)))
+                trained = learner.train_step(batch.rollouts, batch.temperature, batch.examples)
                 watch.lap("learner_s")
                 metrics = staleness_metrics(experience.rollouts, synced.version)
                 synced = source.sync_weights()
@@ -121,6 +129,8 @@ def train(
                 metrics |= {"cache_bytes_per_sequence": rollouts.cache_bytes(experience.longest_sequence)}
                 metrics |= step_flops(model, experience.rollouts)
                 run.log_metrics(step, metrics)
+                if trained["skipped_steps"] >= config.learner.max_skipped_steps:
+                    raise _keep_for_replay(run, step, learner, batch, config.learner)
 
             evaluation: dict[str, Any] = {}
             if step % config.evaluation.every == 0 or step == config.steps:
@@ -132,9 +142,26 @@ def train(
                 run.log_evaluation(step, evaluation)
                 run.log_samples(step, held_out.samples())
 
-            if step % config.checkpoint.every == 0 or step == config.steps:
+            stopping = stop()
+            if stopping or step % config.checkpoint.every == 0 or step == config.steps:
                 with run.checkpoint(step) as folder:
                     learner.save(folder)
                     tokenizer.save_pretrained(folder)  # so that another run can start from this one
                     write_json(folder / SOURCE_FILE, source.state_dict())
             yield StepReport(step, metrics, evaluation)
+            if stopping:
+                return
+
+
+def _keep_for_replay(
+    run: RunFolder, step: int, learner: LearnerGroup, batch: Batch, config: LearnerConfig
+) -> UserError:
+    """Saves a step that could not be taken; returns the error that ends the run."""
+    with run.saving_for_replay(step) as folder:
+        learner.save(folder)
+        save_batch(folder, batch)
+    return UserError(
+        f"no update of the last {config.max_skipped_steps} steps could be taken: loss or gradient "
+        f"were not finite, or larger than learner.skip_grad_norm={config.skip_grad_norm:g}; "
+        f"`rlscale replay {run.path}` shows where"
+    )

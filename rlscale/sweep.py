@@ -7,7 +7,7 @@ other; architectures train side by side where the cluster has CPUs and GPUs for 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -38,8 +38,10 @@ def run_one(
     resume: bool = False,
     overwrite: bool = False,
     address: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunEvent]:
-    """Trains one run into `folder`, yielding its events as they come.
+    """Trains one run into `folder`, yielding its events as they come; after a step at whose end `stop()` is
+    true, no other begins.
 
     Raises:
         UserError: the config asks for the impossible, the folder is taken, the cluster is too small, or
@@ -50,7 +52,7 @@ def run_one(
     yield RunEvent(folder.name, "starting")
     cluster.connect(address)
     with Workers(config) as workers, _open(folder, config, resume, overwrite) as run:
-        yield from workers.train(config, run)
+        yield from workers.train(config, run, stop=stop)
 
 
 def sweep(

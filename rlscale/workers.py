@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,17 +15,20 @@ import torch
 
 from rlscale.cluster import reserve
 from rlscale.config import AsynchronousConfig, RunConfig
+from rlscale.errors import LearnerDied, UserError
 from rlscale.events import RunEvent
 from rlscale.learner.actor import LearnerGroup, LearnerSpec
+from rlscale.learner.replay import ReplayReport, replay
 from rlscale.loop import train
 from rlscale.models import interruption_of, model_config, tokenizer_for
 from rlscale.rollout.actor import EngineSpec
 from rlscale.rollout.engine import InFlight
 from rlscale.rollout.pool import RolloutPool
+from rlscale.runs.batches import load_batch
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.files import write_json
 from rlscale.runs.folder import RunFolder
-from rlscale.runs.reading import RunRecord, read_run
+from rlscale.runs.reading import REPLAY, RunRecord, read_config, read_run
 from rlscale.tasks import Task, make_task
 from rlscale.weights.synchronizer import Synchronizer
 
@@ -76,11 +79,19 @@ class Workers(AbstractContextManager["Workers"]):
             self._stack = self._stack.pop_all()
 
     def train(
-        self, config: RunConfig, run: RunFolder, shared_warm_start: Path | None = None
+        self,
+        config: RunConfig,
+        run: RunFolder,
+        shared_warm_start: Path | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[RunEvent]:
         """One whole run: warm start or resume, RL, summary.
 
+        If the learner dies, another one goes on from the run's newest checkpoint, `learner.max_restarts`
+        times from the same one at most; the engines live on.
+
         Args:
+            stop: see `rlscale.loop.train`.
             shared_warm_start: folder to take the warm-started learner from, and to leave it in if it is not
                 there yet: runs that differ in their budget alone start from the same policy.
 
@@ -88,6 +99,34 @@ class Workers(AbstractContextManager["Workers"]):
             UserError: as `rlscale.loop.train`, or the warm start does not reach its pass rate.
         """
         name = run.path.name
+        deaths = 0
+        while True:
+            before = run.latest_checkpoint()
+            try:
+                yield from self._train(config, run, shared_warm_start, stop)
+                break
+            except LearnerDied as error:
+                deaths = deaths + 1 if run.latest_checkpoint() == before else 1
+                if deaths > config.learner.max_restarts:
+                    raise UserError(
+                        f"{error}; learner.max_restarts={config.learner.max_restarts} restarts from the same "
+                        "checkpoint did not help"
+                    ) from error
+                run.rewind(str(error))
+                self.learner.restart()
+                step = run.progress().step or 0
+                yield RunEvent(name, "restarting", step, message=f"{error}; going on from step {step}")
+        if run.step < config.steps:
+            run.stop()
+            yield RunEvent(name, "stopped", run.step)
+        else:
+            run.finish(summary(read_run(run.path)))
+            yield RunEvent(name, "finished", config.steps)
+
+    def _train(
+        self, config: RunConfig, run: RunFolder, shared_warm_start: Path | None, stop: Callable[[], bool]
+    ) -> Iterator[RunEvent]:
+        """Trains as long as the learner lives."""
         task = make_task(config.task.name, config.task.required_length, config.task.options)
         self.learner.start(config.learner, config.resolved_algorithm, config.seed)
         checkpoint = run.latest_checkpoint()
@@ -97,10 +136,8 @@ class Workers(AbstractContextManager["Workers"]):
             yield from self._warm_start(config, task, run, shared_warm_start)
 
         weights = Synchronizer(self.learner, self.rollouts, first_version=checkpoint[0] if checkpoint else 0)
-        for report in train(config, task, self.tokenizer, self.learner, self.rollouts, weights, run):
-            yield RunEvent(name, "training", report.step, report.metrics, report.evaluation)
-        run.finish(summary(read_run(run.path)))
-        yield RunEvent(name, "finished", config.steps)
+        for report in train(config, task, self.tokenizer, self.learner, self.rollouts, weights, run, stop):
+            yield RunEvent(run.path.name, "training", report.step, report.metrics, report.evaluation)
 
     def _warm_start(
         self, config: RunConfig, task: Task, run: RunFolder, shared: Path | None
@@ -153,3 +190,20 @@ def summary(record: RunRecord) -> dict[str, Any]:
         "wall_s": metrics[-1]["wall_s"] + (warm_start["wall_s"] if warm_start else 0.0),
         "warm_start": warm_start,
     }
+
+
+def replay_step(folder: Path) -> tuple[int, ReplayReport]:
+    """The step that ended the run in `folder`, taken again in this process; its number and what it gave.
+
+    Raises:
+        UserError: the folder holds no run, or one that no such step ended.
+    """
+    config = read_config(folder)
+    kept = Checkpoints(folder / REPLAY, keep=1).latest()
+    if kept is None:
+        raise UserError(f"{folder} holds no step to replay: a run whose learner can take no step leaves one")
+    step, saved = kept
+    spec = LearnerSpec(model_config(config.model, config.architecture), getattr(torch, config.model.dtype))
+    learner = spec.build(config.learner, config.resolved_algorithm, config.seed)
+    learner.load(saved)
+    return step, replay(learner, load_batch(saved))

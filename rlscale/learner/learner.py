@@ -106,6 +106,7 @@ class Learner:
         self._config = config
         self._algorithm = algorithm
         self._ranks = Ranks()
+        self._skipped_steps = 0  # in a row, up to the last
         self._start_afresh()
 
     def shard(self, ranks: Ranks) -> None:
@@ -119,8 +120,8 @@ class Learner:
     ) -> dict[str, float]:
         """One RL step: `updates_per_step` optimizer steps, each on its share of the prompts.
 
-        An update whose loss or gradient is not finite is skipped: the weights stay as they are. Fewer prompts
-        than updates give an update each.
+        An update whose loss or gradient is not finite, or whose gradient is larger than `skip_grad_norm`, is
+        skipped: the weights stay as they are. Fewer prompts than updates give an update each.
 
         Args:
             rollouts: with their advantages.
@@ -131,8 +132,9 @@ class Learner:
             Means over the updates of `loss`, `grad_norm` (before clipping), `entropy` (nats a token), what
             the algorithm reports, see `policy_loss`, and with examples `ptx_loss`, the mean of -log π over
             their tokens. Before the first update, over its tokens, how far learner and rollout are apart, see
-            `mismatch_metrics`. `learning_rate`; `skipped` (updates); `tokens` (of rollouts, prompts
-            included); `train_s`; `learner_tokens_per_s`.
+            `mismatch_metrics`. `learning_rate`; `skipped` (updates); `skipped_steps`, those in a row up to
+            this one of which no update was taken; `tokens` (of rollouts, prompts included); `train_s`;
+            `learner_tokens_per_s`.
 
         Raises:
             UserError: a sequence longer than `tokens_per_micro_batch`.
@@ -162,6 +164,8 @@ class Learner:
         metrics = {name: fmean(update[name] for update in updates) for name in updates[-1]}
         metrics |= {name: value for name, value in updates[0].items() if name not in metrics}
         metrics["skipped"] = sum(update["skipped"] for update in updates)
+        self._skipped_steps = self._skipped_steps + 1 if metrics["skipped"] == len(updates) else 0
+        metrics["skipped_steps"] = self._skipped_steps
         metrics["learning_rate"] = learning_rate
         metrics["tokens"] = sum(packed_tokens(rollout) for rollout in rollouts)
         metrics["train_s"] = time.perf_counter() - started
@@ -210,7 +214,8 @@ class Learner:
         if not is_writer:
             return
         save_file(state, folder / OPTIMIZER_FILE)
-        (folder / PROGRESS_FILE).write_text(json.dumps({"step": self._step}) + "\n")
+        progress = {"step": self._step, "skipped_steps": self._skipped_steps}
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
 
     def load(self, folder: Path) -> None:
         """Continues from a folder that `save` wrote.
@@ -222,7 +227,8 @@ class Learner:
         _load_weights(self.model, folder)
         try:
             self._optimizer.load_state_tensors(load_file(folder / OPTIMIZER_FILE))
-            self._step = int(json.loads((folder / PROGRESS_FILE).read_text())["step"])
+            progress = json.loads((folder / PROGRESS_FILE).read_text())
+            self._step, self._skipped_steps = int(progress["step"]), int(progress["skipped_steps"])
         except FileNotFoundError as error:
             name = Path(error.filename or OPTIMIZER_FILE).name
             raise UserError(f"{folder} is no learner's checkpoint: {name} is missing") from None
@@ -239,6 +245,7 @@ class Learner:
             self.model.gradient_checkpointing_enable()
         self._optimizer = Optimizer(self.model.named_parameters(), self._config)
         self._step = 0
+        self._skipped_steps = 0
 
     @torch.no_grad()
     def _old_logprobs(

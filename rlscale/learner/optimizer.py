@@ -46,13 +46,15 @@ class Optimizer:
         return self._config.learning_rate * min(1.0, step / max(1, self._config.warmup_steps))
 
     def step(self, learning_rate: float, loss: torch.Tensor) -> tuple[float, bool]:
-        """Clips the gradients and takes a step, unless `loss` or a gradient is not finite.
+        """Clips the gradients and takes a step, unless `loss` or a gradient is not finite, or the gradient's
+        norm exceeds `skip_grad_norm`.
 
         Returns:
             The gradient's norm before clipping, and whether the step was taken.
         """
         norm = whole(nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm))
-        if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+        # A norm that is not a number is not within either.
+        if not bool((norm <= self._config.skip_grad_norm) & torch.isfinite(loss)):
             return norm.item(), False
         for _, parameter, master in self._rounded():
             master.grad = None if parameter.grad is None else parameter.grad.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from rlscale.runs.files import sync_tree, write_json
 
-# Lists every file with its size, so that a checkpoint cut short by a copy or a crash shows.
-_MARKER = "complete.json"
+# Lists every file with its size and checksum, so that a checkpoint cut short or damaged by a copy, a crash or
+# a disk shows.
+_MANIFEST = "complete.json"
 _NAME = re.compile(r"step_(\d{6,})")
 _ASIDE = ".writing"
 
@@ -24,6 +26,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
         self._keep = keep
+        # Checksums take a while on large models, so a checkpoint is read once in the life of this object.
+        self._verified: dict[Path, bool] = {}
 
     @contextmanager
     def write(self, step: int) -> Iterator[Path]:
@@ -35,13 +39,15 @@ class Checkpoints:
         aside.mkdir(parents=True)
         try:
             yield aside
-            write_json(aside / _MARKER, {"step": step, "bytes": _sizes(aside)})
+            files = {name: _digest(aside / name) for name in _sizes(aside)}
+            write_json(aside / _MANIFEST, {"step": step, "bytes": _sizes(aside), "sha256": files})
             sync_tree(aside)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         remove(target)
         aside.rename(target)
+        self._verified[target] = True
         _sync_folder(self._folder)
         for old in self._whole()[: -self._keep]:
             remove(old[1])
@@ -71,7 +77,11 @@ class Checkpoints:
         found = []
         for path in self._ours():
             match = _NAME.fullmatch(path.name)
-            if match and _is_whole(path, int(match[1])):
+            if not match:
+                continue
+            if path not in self._verified:
+                self._verified[path] = _is_whole(path, int(match[1]))
+            if self._verified[path]:
                 found.append((int(match[1]), path))
         return sorted(found)
 
@@ -86,14 +96,21 @@ def remove(path: Path) -> None:
 
 def _is_whole(folder: Path, step: int) -> bool:
     try:
-        marker = json.loads((folder / _MARKER).read_bytes())
-        return bool(marker["step"] == step and marker["bytes"] == _sizes(folder))
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["step"] != step or manifest["bytes"] != _sizes(folder):
+            return False
+        return all(_digest(folder / name) == manifest["sha256"][name] for name in manifest["bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _MARKER)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _MANIFEST)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from rlscale.errors import UserError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FULL_TEXT = os.strerror(errno.ENOSPC).lower()
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = [os.strerror(number).lower() for number in _FULL]
 
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turns "no space left" into a `UserError` that names `folder`; other errors pass.
+    """Turns "no space left" (a disk's, a quota's or a limit's) into a `UserError` that names `folder`; other
+    errors pass.
 
     Writers in other languages and processes (safetensors, Ray) wrap the error, so its text counts as well.
     """
@@ -28,7 +29,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in _FULL or _FULL_TEXT in str(error).lower():
+        if getattr(error, "errno", None) in _FULL or any(text in str(error).lower() for text in _FULL_TEXTS):
             raise UserError(
                 f"the disk is full at {folder}: free some space or choose another folder; "
                 "--resume continues an unfinished run"

@@ -1,7 +1,7 @@
 """The folder of one run: what it writes as it goes, and what lets it continue after a crash.
 
 config.yaml        resolved config; `rlscale run` takes it as it is
-environment.json   Python, versions, platform, commit, and the same again for every resume
+environment.json   Python, versions, platform, commit, and the same again for every resume; why it was rewound
 status.json        state, step, and the summary at the end; its `format` marks the folder as ours
 warm_start.json    steps, seconds and tokens of the warm start and the pass rate it reached
 metrics.jsonl      one object a training step
@@ -9,6 +9,7 @@ evaluations.jsonl  held-out evaluations
 samples.jsonl      sample rollouts
 tensorboard/       the scalars of both, as event files
 checkpoints/       step_000020/ and so on, the newest few
+replay/            the batch and the learner of the step that ended the run, if one did
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rlscale.runs.reading import (
     EVALUATIONS,
     FORMAT,
     METRICS,
+    REPLAY,
     SAMPLES,
     STATUS,
     WARM_START,
@@ -69,19 +71,22 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig, lock: IO[bytes], progress: Progress):
         """Use `create` or `resume`, which see to it that the folder is in order."""
-        from rlscale.runs.tensorboard import ScalarWriter
-
         self.path = path
         self.config = config
         self._lock = lock
+        self._checkpoints = Checkpoints(path / _CHECKPOINTS, config.checkpoint.keep)
+        self._closed = False
+        self._open_records(progress)
+
+    def _open_records(self, progress: Progress) -> None:
+        from rlscale.runs.tensorboard import ScalarWriter
+
         self._progress = progress
         self._step = progress.step or 0
-        self._checkpoints = Checkpoints(path / _CHECKPOINTS, config.checkpoint.keep)
-        self._lines = {name: JsonLines(path / name) for name in _RECORDS}
+        self._lines = {name: JsonLines(self.path / name) for name in _RECORDS}
         first = 0 if progress.step is None else progress.step + 1
         self._last_step = {METRICS: first - 1, EVALUATIONS: first - 1}
-        self._scalars = ScalarWriter(path / _TENSORBOARD, first)
-        self._closed = False
+        self._scalars = ScalarWriter(self.path / _TENSORBOARD, first)
         self._write_status("running")
 
     @staticmethod
@@ -147,24 +152,32 @@ class RunFolder:
             lock = _hold(path)
             try:
                 checkpoints = Checkpoints(path / _CHECKPOINTS, config.checkpoint.keep)
-                checkpoints.remove_torn()
-                latest = checkpoints.latest()
-                last = -1 if latest is None else latest[0]
-                kept = {name: keep_lines(path / name, lambda r: r["step"] <= last) for name in _RECORDS}
-                _note_resume(path)
-                progress = Progress(None, 0, 0.0)
-                if latest is not None:
-                    newest = kept[METRICS][-1] if kept[METRICS] else {}
-                    progress = Progress(
-                        last, int(newest.get("generated_tokens", 0)), float(newest.get("wall_s", 0.0))
-                    )
+                progress = _back_to_checkpoint(path, checkpoints)
+                _note(path, "resumed", environment())
                 return cls(path, config, lock, progress)
             except BaseException:
                 lock.close()
                 raise
 
+    def rewind(self, reason: str) -> None:
+        """Goes back to the newest whole checkpoint, or to the start, as `resume` does but without letting the
+        folder go; `reason` is noted in environment.json.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with full_disk_named(self.path):
+            self._close_records()
+            _note(self.path, "rewound", {"step": self._step, "reason": reason})
+            self._open_records(_back_to_checkpoint(self.path, self._checkpoints))
+
+    @property
+    def step(self) -> int:
+        """The last step whose metrics were logged."""
+        return self._step
+
     def progress(self) -> Progress:
-        """Where training continues. It does not move while this object writes."""
+        """Where training continues. It moves with `rewind` alone."""
         return self._progress
 
     def log_warm_start(self, report: Mapping[str, Any]) -> None:
@@ -217,6 +230,17 @@ class RunFolder:
         self._write_status("finished", summary=summary)
         self.close()
 
+    def stop(self) -> None:
+        """Marks the run stopped on request and closes the folder; `--resume` continues it."""
+        self._write_status("stopped")
+        self.close()
+
+    @contextmanager
+    def saving_for_replay(self, step: int) -> Iterator[Path]:
+        """As `checkpoint`, for a step that could not be taken; `rlscale replay` reads the newest."""
+        with full_disk_named(self.path), Checkpoints(self.path / REPLAY, keep=1).write(step) as folder:
+            yield folder
+
     def fail(self, reason: str) -> None:
         """Marks the run failed and closes the folder; `--resume` may continue it."""
         try:
@@ -229,13 +253,16 @@ class RunFolder:
         if self._closed:
             return
         self._closed = True
-        for lines in self._lines.values():
-            lines.close()
         with full_disk_named(self.path):
             try:
-                self._scalars.close()
+                self._close_records()
             finally:
                 self._lock.close()
+
+    def _close_records(self) -> None:
+        for lines in self._lines.values():
+            lines.close()
+        self._scalars.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -321,10 +348,11 @@ def _hold(path: Path) -> IO[bytes]:
 
 def _remove_run(path: Path) -> None:
     """Deletes what a run wrote, the mark of ownership last, and leaves everything else."""
-    Checkpoints(path / _CHECKPOINTS, keep=1).remove_all()
+    for folder in (path / _CHECKPOINTS, path / REPLAY):
+        Checkpoints(folder, keep=1).remove_all()
     for event_file in (path / _TENSORBOARD).glob("events.out.tfevents.*"):
         remove(event_file)
-    for folder in (path / _CHECKPOINTS, path / _TENSORBOARD):
+    for folder in (path / _CHECKPOINTS, path / REPLAY, path / _TENSORBOARD):
         with suppress(OSError):  # somebody else's files are in it, or it is not there
             folder.rmdir()
     for name in (*_RECORDS, WARM_START, _ENVIRONMENT, CONFIG, STATUS):
@@ -336,13 +364,26 @@ def _dump(config: RunConfig) -> bytes:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
 
 
-def _note_resume(path: Path) -> None:
+def _back_to_checkpoint(path: Path, checkpoints: Checkpoints) -> Progress:
+    """Drops what is later than the newest whole checkpoint, and torn ones."""
+    checkpoints.remove_torn()
+    latest = checkpoints.latest()
+    last = -1 if latest is None else latest[0]
+    kept = {name: keep_lines(path / name, lambda r: r["step"] <= last) for name in _RECORDS}
+    if latest is None:
+        return Progress(None, 0, 0.0)
+    newest = kept[METRICS][-1] if kept[METRICS] else {}
+    return Progress(last, int(newest.get("generated_tokens", 0)), float(newest.get("wall_s", 0.0)))
+
+
+def _note(path: Path, event: str, what: Mapping[str, Any]) -> None:
+    """Adds to a list in environment.json of what happened to the run."""
     try:
-        first = json.loads((path / _ENVIRONMENT).read_bytes())
-        resumed = first["resumed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        first, resumed = {}, []
-    write_json(path / _ENVIRONMENT, {**first, "resumed": [*resumed, environment()]})
+        notes = json.loads((path / _ENVIRONMENT).read_bytes())
+        before = list(notes.get(event, []))
+    except (OSError, ValueError, AttributeError, TypeError):
+        notes, before = {}, []
+    write_json(path / _ENVIRONMENT, {**notes, event: [*before, what]})
 
 
 def _first_difference(before: RunConfig, now: RunConfig) -> tuple[str, Any, Any] | None:

@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 WARM_START = "warm_start.json"
+REPLAY = "replay"
 
 # Marks a folder as a run of this project's, and the version of its layout.
 FORMAT = "rlscale-run-1"
@@ -36,7 +37,7 @@ class RunRecord:
         metrics: one record a step, oldest first.
         evaluations: held-out evaluations, oldest first.
         warm_start: steps, pass_rate, wall_s and tokens of the warm start; None for a run without one.
-        status: `state` (running, finished or failed), `step`, and at the end `summary` or `reason`.
+        status: `state`, `step`, and at the end `summary` or `reason`.
     """
 
     path: Path
@@ -48,7 +49,7 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """running, finished or failed. A run that was killed says running."""
+        """running, stopped (on request), finished or failed. A run that was killed says running."""
         return str(self.status["state"])
 
 

@@ -615,7 +615,7 @@ def test_the_actor_trains_publishes_saves_and_passes_errors_on_as_they_were_rais
         with open_weights(manifest) as published:
             torch.testing.assert_close(dict(published), weights(here), rtol=1e-4, atol=1e-6)
         group.save(tmp_path / "saved")
-        assert json.loads((tmp_path / "saved" / "learner.json").read_text()) == {"step": 1}
+        assert json.loads((tmp_path / "saved" / "learner.json").read_text())["step"] == 1
         group.load(tmp_path / "saved")
 
         too_long = replace(rollouts[0], prompt_ids=[1] * 100)

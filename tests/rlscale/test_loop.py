@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,12 @@ class Direct:
     def close(self) -> None: ...
 
 
-def run(config: RunConfig, folder: RunFolder, stop_after: int | None = None) -> list[dict[str, float]]:
+def run(
+    config: RunConfig,
+    folder: RunFolder,
+    stop_after: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, float]]:
     """Trains into `folder`, from its newest checkpoint if it has one; returns the steps' metrics."""
     model = model_config(config.model, config.architecture)
     task = make_task(config.task.name, config.task.required_length, config.task.options)
@@ -70,7 +75,7 @@ def run(config: RunConfig, folder: RunFolder, stop_after: int | None = None) -> 
     pool = LocalPool(engine)
     weights = Direct(learner, pool, latest[0] if latest else 0)
     seen = []
-    steps = train(config, task, tokenizer_for(config.model), learner, pool, weights, folder)
+    steps = train(config, task, tokenizer_for(config.model), learner, pool, weights, folder, stop)
     for report in steps:
         seen.append(dict(report.metrics))
         if report.step == stop_after:

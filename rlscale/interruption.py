@@ -1,0 +1,41 @@
+"""Ctrl-C: once to stop at the next good moment, twice to stop now."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interruption(AbstractContextManager["Interruption"]):
+    """Takes SIGINT over while its block lasts; for the main thread.
+
+    The first signal sets `requested`, for a loop to look at, if `is_awaited` says that one does; any other
+    raises KeyboardInterrupt as usual.
+
+    Args:
+        on_request: called at the first signal, to tell the user what happens now.
+    """
+
+    def __init__(self, on_request: Callable[[], None]) -> None:
+        self.requested = False
+        self.is_awaited = False
+        self._on_request = on_request
+        self._before: Any = signal.SIG_DFL
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested or not self.is_awaited:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._on_request()
