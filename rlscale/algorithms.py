@@ -52,8 +52,8 @@ class SelectionConfig(Section):
     they are left out (zero-variance filtering, arXiv:2510.13786). redraw: further prompts take their places
     (dynamic sampling, arXiv:2503.14476), which costs their generation."""
     max_draws: int = Field(10, ge=1)
-    """Draws of `rollout.prompts_per_step` prompts that a step may take until there is enough to train on: a
-    prompt for drop, all of them for redraw. Then the run ends with an error."""
+    """Draws of `rollout.prompts_per_step` prompts that a step may take until there is enough to train on: one
+    prompt for drop, in whole batches, else all of them. Then the run ends with an error."""
     retire_pass_rate: float | None = Field(None, gt=0, le=1)
     """Prompts whose completions so far passed at this rate are not drawn again (no-positive-resampling,
     arXiv:2510.13786). Matters where a task has few prompts; remembers every prompt drawn."""

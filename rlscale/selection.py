@@ -157,21 +157,30 @@ class Selection:
         """Groups to draw next for a batch that is drawn as a whole; 0 once there is enough to train on.
 
         Raises:
-            UserError: `max_draws` times `prompts_per_step` groups did not give enough.
+            UserError: as `check`.
         """
         n, tally = self._prompts_per_step, self._tally
         if tally.drawn == 0:
             return n
-        counts = {"keep": 0, "drop": 0 if tally.kept else n, "redraw": n - tally.kept}
-        count = counts[self._config.equal_rewards]
-        if count and tally.drawn >= self._config.max_draws * n:
+        if self._config.equal_rewards == "keep" or (self._config.equal_rewards == "drop" and tally.kept):
+            return 0
+        self.check()
+        return n - tally.kept
+
+    def check(self) -> None:
+        """Ends a search that has gone on for too long.
+
+        Raises:
+            UserError: `max_draws` times `prompts_per_step` groups did not give enough for a batch.
+        """
+        n, tally = self._prompts_per_step, self._tally
+        if tally.kept < n and tally.drawn >= self._config.max_draws * n:
             raise UserError(
                 f"of {tally.drawn} prompts only {tally.kept} had completions of different rewards "
                 f"({tally.solved} others were always passed): change the task's difficulty or "
                 "warm_start.target_pass_rate, raise algorithm.selection.max_draws, or set "
                 "algorithm.selection.equal_rewards=keep"
             )
-        return count
 
     def close_batch(self) -> Tally:
         """The tally of this batch; the next one's begins."""

@@ -332,7 +332,7 @@ class AsynchronousSource(ExperienceSource):
                 self._manager.accept()
             else:
                 self._manager.filter_running()
-                self._selection.to_draw()  # raises where the search has gone on for too long
+                self._selection.check()
                 self._refill()
 
     def _refill(self) -> None:

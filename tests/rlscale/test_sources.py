@@ -14,6 +14,7 @@ from kimi_linear.config import preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.algorithms import SelectionConfig
 from rlscale.config import AsynchronousConfig, ModeConfig, OneStepOffConfig, SynchronousConfig
+from rlscale.errors import UserError
 from rlscale.experience import Experience, Prompt, ScoredGroup
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.selection import Selection
@@ -241,4 +242,24 @@ def test_groups_that_teach_nothing_are_replaced_and_counted_in_every_mode(mode: 
             )
         source.sync_weights()
     assert filtered > 0
+    source.close()
+
+
+@pytest.mark.parametrize("rule", ["drop", "redraw"])
+@pytest.mark.parametrize("mode", [SynchronousConfig(), AsynchronousConfig()])
+def test_a_search_without_end_is_ended_in_every_mode(mode: ModeConfig, rule: str) -> None:
+    class Hopeless:
+        def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
+            rollouts = [Rollout(prompt.prompt_ids, c, 0.0, prompt.place) for c in completions]
+            return ScoredGroup(prompt, rollouts, ["x"] * len(rollouts), [False] * len(rollouts))
+
+    in_flight = mode.in_flight if isinstance(mode, AsynchronousConfig) else "refuse"
+    pool = LocalPool(ReferenceEngine(CONFIG, torch.float32, CONTEXT, PLACES, in_flight))
+    policies = Policies(pool, fresh_seed(), 0)
+    selection = Selection(SelectionConfig(equal_rewards=rule, max_draws=2), PROMPTS)  # type: ignore[arg-type]
+    sampling = Sampling(BUDGET, SAMPLES, seed=5)
+    source = experience_source(mode, pool, policies, Prompts(), Hopeless(), selection, PROMPTS, sampling)
+    source.sync_weights()
+    with pytest.raises(UserError, match=rf"of {2 * PROMPTS} prompts only 0"):
+        source.next_batch()
     source.close()
