@@ -183,6 +183,8 @@ class RunConfig(Section):
     """How generating and training share the time."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(["tensorboard"])
+    """Where scalars go besides the run's folder; wandb and trackio where their packages are installed."""
 
     @model_validator(mode="after")
     def _every_update_has_a_prompt(self) -> RunConfig:

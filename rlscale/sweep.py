@@ -24,6 +24,7 @@ from rlscale.models import check_tokenizer, interruption_of, model_config, token
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
+from rlscale.runs.trackers import check_trackers
 from rlscale.tasks import encode_prompt, make_task
 from rlscale.workers import Workers
 
@@ -108,10 +109,11 @@ def check(config: RunConfig) -> None:
     """Finds what cannot work before anything is started or written.
 
     Raises:
-        UserError: unknown task, impossible length, a model that cannot be built, a tokenizer that is not the
-            model's, examples that cannot be read, prompts and budget that exceed the context or the learner's
-            micro-batch.
+        UserError: a tracker that is not installed, unknown task, impossible length, a model that cannot be
+            built, a tokenizer that is not the model's, examples that cannot be read, prompts and budget that
+            exceed the context or the learner's micro-batch.
     """
+    check_trackers(config.trackers)
     task = make_task(config.task.name, config.task.required_length, config.task.options)
     model = model_config(config.model, config.architecture)
     tokenizer = tokenizer_for(config.model)

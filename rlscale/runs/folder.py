@@ -7,7 +7,7 @@ warm_start.json    steps, seconds and tokens of the warm start and the pass rate
 metrics.jsonl      one object a training step
 evaluations.jsonl  held-out evaluations
 samples.jsonl      sample rollouts
-tensorboard/       the scalars of both, as event files
+tensorboard/       the scalars of both, as event files, if `trackers` has it
 checkpoints/       step_000020/ and so on, the newest few
 replay/            the batch and the learner of the step that ended the run, if one did
 """
@@ -79,14 +79,17 @@ class RunFolder:
         self._open_records(progress)
 
     def _open_records(self, progress: Progress) -> None:
-        from rlscale.runs.tensorboard import ScalarWriter
+        from rlscale.runs.trackers import open_trackers
 
         self._progress = progress
         self._step = progress.step or 0
         self._lines = {name: JsonLines(self.path / name) for name in _RECORDS}
         first = 0 if progress.step is None else progress.step + 1
         self._last_step = {METRICS: first - 1, EVALUATIONS: first - 1}
-        self._scalars = ScalarWriter(self.path / _TENSORBOARD, first)
+        shown = self.config.model_dump(mode="json")
+        self._trackers = open_trackers(
+            self.config.trackers, self.path, self.path / _TENSORBOARD, first, shown
+        )
         self._write_status("running")
 
     @staticmethod
@@ -186,7 +189,7 @@ class RunFolder:
             write_json(self.path / WARM_START, report)
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one training step to metrics.jsonl and TensorBoard; NaN becomes null.
+        """Appends one training step to metrics.jsonl and the trackers; NaN becomes null.
 
         Raises:
             ValueError: a step that is not later than the last one logged.
@@ -197,7 +200,7 @@ class RunFolder:
         self._write_status("running")
 
     def log_evaluation(self, step: int, evaluation: Mapping[str, Any]) -> None:
-        """Appends one held-out evaluation to evaluations.jsonl and TensorBoard; raises as `log_metrics`."""
+        """Appends one held-out evaluation to evaluations.jsonl and the trackers; raises as `log_metrics`."""
         self._log(EVALUATIONS, step, evaluation)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -262,7 +265,7 @@ class RunFolder:
     def _close_records(self) -> None:
         for lines in self._lines.values():
             lines.close()
-        self._scalars.close()
+        self._trackers.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -287,7 +290,7 @@ class RunFolder:
         self._last_step[name] = step
         with full_disk_named(self.path):
             self._lines[name].append({"step": step, **record})
-            self._scalars.write("train" if name == METRICS else "evaluation", step, record)
+            self._trackers.write("train" if name == METRICS else "evaluation", step, record)
 
     def _write_status(self, state: str, **more: Any) -> None:
         with full_disk_named(self.path):

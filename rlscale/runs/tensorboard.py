@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -23,11 +21,9 @@ class ScalarWriter:
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
         self._writer.flush()
 
-    def write(self, prefix: str, step: int, record: Mapping[str, Any]) -> None:
+    def write(self, prefix: str, step: int, scalars: Mapping[str, float]) -> None:
         values = [
-            Summary.Value(tag=f"{prefix}/{name}", simple_value=value)
-            for name, value in record.items()
-            if isinstance(value, (int, float)) and math.isfinite(value) and name != "step"
+            Summary.Value(tag=f"{prefix}/{name}", simple_value=value) for name, value in scalars.items()
         ]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writer.flush()

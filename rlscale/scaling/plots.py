@@ -367,6 +367,6 @@ def _share_y(row: Sequence[Axes], y: str) -> None:
                 panel.yaxis.set_minor_formatter(NullFormatter())
             limits = (10 ** np.floor(np.log10(min(values))), 10 ** np.ceil(np.log10(max(values) * 1.001)))
     else:
-        limits = (0.0, 1.05 * max(panel.dataLim.y1 for panel in row))
+        limits = (0.0, 1.05 * (max(panel.dataLim.y1 for panel in row) or 1.0))
     for panel in row:
         panel.set_ylim(limits)

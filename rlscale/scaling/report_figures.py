@@ -162,8 +162,8 @@ def against_length(
             data.append(line)
             if architecture == "mla" and ratio == min(cell.budget_ratio for cell in cells):
                 data += [
-                    _plain([float(x) for x in lengths], [factor * mean for mean in means], text, "dot")
-                    for factor, text in claims.items()
+                    _plain(lengths, [factor * mean for mean in means], text, dash)
+                    for (factor, text), dash in zip(claims.items(), ("dot", "dashdot"), strict=False)
                 ]
     if not data:
         return None
