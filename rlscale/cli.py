@@ -49,6 +49,15 @@ Address = Annotated[
     typer.Option(metavar="ADDRESS", help="Ray cluster to join; by default RAY_ADDRESS, else a new one."),
 ]
 
+Wait = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="Wait so long for CPUs and GPUs that the cluster lacks, for an autoscaler to add them.",
+    ),
+]
+
 
 @app.command()
 def run(
@@ -58,6 +67,7 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
     address: Address = None,
+    wait: Wait = 0,
 ) -> None:
     """Train one architecture on one task at one required length.
 
@@ -83,6 +93,7 @@ def run(
             overwrite=overwrite,
             address=address,
             stop=lambda: stop.requested,
+            wait=wait,
         ):
             display.show(event)
             stop.is_awaited = event.state in ("training", "restarting")
@@ -100,6 +111,7 @@ def sweep(
     resume: Resume = False,
     overwrite: Overwrite = False,
     address: Address = None,
+    wait: Wait = 0,
 ) -> None:
     """Train a grid: architectures x required lengths x budgets x seeds.
 
@@ -113,7 +125,9 @@ def sweep(
     folder = output or Path("runs") / config.stem
     steps = {sweeps.run_name(cell): cell.steps for cell in settings.cells()}
     with Display(steps) as display:
-        for event in sweeps.sweep(settings, folder, resume=resume, overwrite=overwrite, address=address):
+        for event in sweeps.sweep(
+            settings, folder, resume=resume, overwrite=overwrite, address=address, wait=wait
+        ):
             display.show(event)
     draw([folder], folder / "plots", folder / "summary.json")
 

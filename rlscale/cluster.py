@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from rlscale.errors import UserError
+from rlscale.errors import UserError, WorkerDied
 
 # Read by Ray when it starts processes, and inherited by them.
 _ENVIRONMENT = {
@@ -39,6 +41,8 @@ def connect(address: str | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
+    elif "RAY_AUTH_MODE" not in os.environ:
+        _require_token()
     try:
         # What workers have to say arrives as exceptions; their chatter stays in Ray's log folder.
         ray.init(
@@ -50,46 +54,84 @@ def connect(address: str | None = None) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         if address:
-            raise _no_cluster(address, reason) from None
+            raise UserError(
+                f"the Ray cluster at {address} does not let us in ({reason}): if it asks for a token, give "
+                "it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            ) from None
         raise UserError(f"Ray cannot start on this machine: {reason}") from None
 
 
+def check_fits(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Whether the cluster, were it idle, could hold a reservation.
+
+    Args:
+        bundles: amounts of Ray's resources, such as {"CPU": 1}; each must fit on one machine.
+
+    Raises:
+        UserError: it could not. Says which resources are short and by how much.
+    """
+    needed = _total(bundles)
+    total = ray.cluster_resources()
+    if short := [name for name in needed if needed[name] > total.get(name, 0.0)]:
+        raise UserError(_short_of(short, needed))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for bundle in map(_without_zeros, bundles):
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
+            parts = ", ".join(_amount(amount, name) for name, amount in bundle.items())
+            largest = ", ".join(_amount(max(n.get(name, 0.0) for n in nodes), name) for name in bundle)
+            raise UserError(f"one worker needs {parts} on one machine, the largest has {largest}")
+
+
+def is_free(bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the cluster's free resources add up to what `bundles` need."""
+    free = ray.available_resources()
+    return all(amount <= free.get(name, 0.0) for name, amount in _total(bundles).items())
+
+
+def request(bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
+    """Asks for a reservation, the bundles on one machine if possible, without waiting for it.
+
+    Where an autoscaler runs, this is what makes it start machines.
+    """
+    return placement_group([_without_zeros(bundle) for bundle in bundles], strategy="PACK")
+
+
+def release(group: PlacementGroup) -> None:
+    """Gives a reservation, or the request for one, back; whatever still runs on it ends."""
+    if ray.is_initialized():
+        remove_placement_group(group)
+
+
+def taken(bundles: Sequence[Mapping[str, float]], waited: float) -> UserError:
+    """The error for a reservation that did not come about in `waited` seconds; says what is short."""
+    needed, free = _total(bundles), ray.available_resources()
+    short = [name for name in needed if needed[name] > free.get(name, 0.0)]
+    return UserError(f"{_short_of(short or list(needed), needed)}; waited {waited:g} s for other jobs to end")
+
+
 @contextmanager
-def reserve(bundles: Sequence[Mapping[str, float]], timeout: float = 30) -> Iterator[PlacementGroup]:
+def reserve(
+    bundles: Sequence[Mapping[str, float]], wait: float = 0, timeout: float = 30
+) -> Iterator[PlacementGroup]:
     """Holds CPUs and GPUs for actors, one bundle such as {"CPU": 1} each, until the `with` block ends.
 
     Args:
         bundles: amounts of Ray's resources, the bundles of one machine if possible.
+        wait: seconds to wait for resources that the cluster does not have, for an autoscaler to add them.
         timeout: seconds to wait for resources that exist but are taken.
 
     Raises:
         UserError: the cluster does not have them, or they stayed taken. Says which are short and by how much.
     """
-    wanted = [{name: float(amount) for name, amount in bundle.items() if amount} for bundle in bundles]
-    names = sorted({name for bundle in wanted for name in bundle})
-    needed = {name: sum(bundle.get(name, 0.0) for bundle in wanted) for name in names}
-    total = ray.cluster_resources()
-    short = [name for name in names if needed[name] > total.get(name, 0.0)]
-    if short:
-        raise UserError(_short_of(short, needed))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for bundle in wanted:
-        if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
-            parts = ", ".join(_amount(amount, name) for name, amount in bundle.items())
-            largest = ", ".join(_amount(max(n.get(name, 0.0) for n in nodes), name) for name in bundle)
-            raise UserError(f"one worker needs {parts} on one machine, the largest has {largest}")
-    group = placement_group(wanted, strategy="PACK")
+    if not wait:
+        check_fits(bundles)
+    group = request(bundles)
     try:
-        if not group.wait(timeout):
-            free = ray.available_resources()
-            taken = [name for name in names if needed[name] > free.get(name, 0.0)]
-            raise UserError(
-                f"{_short_of(taken or names, needed)}; waited {timeout:g} s for other jobs to end"
-            )
+        if not group.wait(wait or timeout):
+            raise taken(bundles, wait or timeout)
         yield group
     finally:
-        if ray.is_initialized():
-            remove_placement_group(group)
+        release(group)
 
 
 def result(future: ray.ObjectRef) -> Any:
@@ -110,7 +152,7 @@ def gather(futures: Sequence[ray.ObjectRef], who: str) -> list[Any]:
     """The results of one call on each of several actors of kind `who`, in their order.
 
     Raises:
-        UserError: an actor has died; says which and where its log is.
+        WorkerDied: an actor is gone; says which and where its log is.
         Exception: what an actor raised, as it was raised there.
     """
     try:
@@ -122,11 +164,20 @@ def gather(futures: Sequence[ray.ObjectRef], who: str) -> list[Any]:
         raise death(f"{who} {', '.join(str(i) for i in dead)} of {len(futures)} died") from None
 
 
-def death(what: str) -> UserError:
+def death(what: str) -> WorkerDied:
     """The error for actors that died: what happened, and where their logs are."""
-    return UserError(
+    return WorkerDied(
         f"{what}, often for want of memory: see the newest worker-*.err in /tmp/ray/session_latest/logs"
     )
+
+
+def _require_token() -> None:
+    """Lets this process's own Ray answer to nobody else: it listens on the machine's address, where whoever
+    can connect could run code. Ray's processes find the token in their environment."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Ray has read both when it was imported.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _check_reachable(address: str) -> None:
@@ -152,6 +203,15 @@ def _actor_died(future: ray.ObjectRef) -> bool:
     except Exception:
         return False
     return False
+
+
+def _without_zeros(bundle: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(amount) for name, amount in bundle.items() if amount}
+
+
+def _total(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = sorted({name for bundle in bundles for name in _without_zeros(bundle)})
+    return {name: sum(float(bundle.get(name, 0.0)) for bundle in bundles) for name in names}
 
 
 def _short_of(names: Sequence[str], needed: Mapping[str, float]) -> str:

@@ -214,6 +214,15 @@ class RunConfig(Section):
         return self.algorithm
 
 
+class EarlyStopConfig(Section):
+    """When a run of a sweep is given up: policies that are never right have no reward to learn from."""
+
+    evaluations: int = Field(0, ge=0)
+    """Stop a run after so many held-out evaluations in a row at or below `pass_rate`; 0 stops none."""
+    pass_rate: float = Field(0.01, ge=0, lt=1)
+    """Held-out pass rate that counts as hopeless."""
+
+
 class SweepConfig(Section):
     """A grid of runs: architectures x required lengths x budgets x seeds."""
 
@@ -225,6 +234,9 @@ class SweepConfig(Section):
     """Budgets as multiples of the required length; below 1 the right answer cannot be finished."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     """A run each."""
+    retries: int = Field(1, ge=0)
+    """How often a run whose workers or machine died is continued on new ones before it counts as failed."""
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     run: RunConfig = RunConfig()
     """What all runs share."""
 

@@ -17,6 +17,15 @@ from rich.table import Table
 from rlscale.events import RunEvent
 
 
+_STYLES = {
+    "waiting": "dim",
+    "finished": "green",
+    "stopped": "yellow",
+    "abandoned": "yellow",
+    "failed": "red",
+}
+
+
 @dataclass(slots=True)
 class _Row:
     steps: int
@@ -29,7 +38,7 @@ class _Row:
     def take(self, event: RunEvent) -> None:
         self.last = event
         self.started = self.started or time.monotonic()
-        if event.state in ("finished", "stopped", "failed"):
+        if event.state in ("finished", "stopped", "abandoned", "failed"):
             self.ended = time.monotonic()
         if event.evaluation:
             self.pass_rates.append(event.evaluation["pass_rate"])
@@ -81,10 +90,11 @@ class Display(AbstractContextManager["Display"]):
         row = self.rows[event.run]
         news = event.state != row.last.state
         row.take(event)
-        if event.state == "restarting":
-            self.console.print(f"{event.run}: {escape(event.message)}", highlight=False)
-        elif event.state == "failed":
-            self.console.print(f"[bold red]{event.run} failed:[/] {escape(event.message)}", highlight=False)
+        if event.message:
+            style = "bold red" if event.state == "failed" else "bold yellow"
+            self.console.print(
+                f"[{style}]{event.run} {event.state}:[/] {escape(event.message)}", highlight=False
+            )
         elif not self.console.is_terminal and (news or event.evaluation):
             self.console.print(self.line(event.run), highlight=False)
 
@@ -107,7 +117,7 @@ class Display(AbstractContextManager["Display"]):
         for column in ("held-out pass rate", "reward", "tokens/s", "rollout · train · sync s", "elapsed"):
             table.add_column(column, justify="right", no_wrap=True)
         for run, row in self.rows.items():
-            style = {"finished": "green", "failed": "red", "waiting": "dim"}.get(row.state, "")
+            style = _STYLES.get(row.state, "")
             bar = ProgressBar(total=row.steps, completed=row.last.step, width=16)
             reward = f"{row.metrics['reward_mean']:.2f}" if row.metrics else "–"
             speed = f"{row.metrics['rollout_tokens_per_s']:,.0f}" if row.metrics else "–"

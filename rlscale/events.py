@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RunState = Literal["starting", "warm start", "training", "restarting", "stopped", "finished", "failed"]
+RunState = Literal[
+    "starting", "warm start", "training", "restarting", "stopped", "abandoned", "finished", "failed"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class RunEvent:
 
     `metrics` and `evaluation` hold a step's line of `metrics.jsonl` and `evaluations.jsonl`; both are empty
     where the state has none. `warm_start_pass_rate` is the latest of a warm start under way; `message` says
-    why a run failed or restarts from its newest checkpoint.
+    why a run failed, restarts from its newest checkpoint or was abandoned before its last step.
     """
 
     run: str

@@ -1,19 +1,10 @@
-"""Runs and grids of runs: what is checked before anything starts, and who runs where.
-
-A sweep is one Ray task per architecture. The task starts its engine once and trains its cells one after the
-other; architectures train side by side where the cluster has CPUs and GPUs for both, else in turn.
-"""
+"""Runs and grids of runs: what is checked before anything starts, and what is said of failures at last."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from rlscale import cluster
 from rlscale.config import RunConfig, SweepConfig
@@ -21,15 +12,13 @@ from rlscale.errors import UserError
 from rlscale.events import RunEvent
 from rlscale.learner.examples import ptx_batches
 from rlscale.models import check_tokenizer, interruption_of, model_config, tokenizer_for
+from rlscale.queue import Cell, run_queue
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
 from rlscale.runs.trackers import check_trackers
 from rlscale.tasks import encode_prompt, make_task
 from rlscale.workers import Workers
-
-_FOREVER = 7 * 24 * 3600.0
-"""Seconds that a cell waits for CPUs and GPUs that other cells of its sweep use."""
 
 
 def run_one(
@@ -40,9 +29,13 @@ def run_one(
     overwrite: bool = False,
     address: str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    wait: float = 0,
 ) -> Iterator[RunEvent]:
     """Trains one run into `folder`, yielding its events as they come; after a step at whose end `stop()` is
     true, no other begins.
+
+    Args:
+        wait: seconds to wait for CPUs and GPUs that the cluster lacks, for an autoscaler to add them.
 
     Raises:
         UserError: the config asks for the impossible, the folder is taken, the cluster is too small, or
@@ -52,7 +45,12 @@ def run_one(
     RunFolder.check(folder, config, resume=resume, overwrite=overwrite)
     yield RunEvent(folder.name, "starting")
     cluster.connect(address)
-    with Workers(config) as workers, _open(folder, config, resume, overwrite) as run:
+    cell = Cell(config, folder, overwrite, resume)
+    with (
+        cluster.reserve(Workers.bundles(config), wait) as placement,
+        Workers(config, placement) as workers,
+        cell.open() as run,
+    ):
         yield from workers.train(config, run, stop=stop)
 
 
@@ -63,33 +61,38 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     address: str | None = None,
+    wait: float = 0,
 ) -> Iterator[RunEvent]:
     """Trains all cells of a grid into folders below `folder`, yielding events of all runs as they come.
 
-    With `resume`, finished cells are left alone, unfinished ones continued, missing ones started. A cell that
-    fails does not stop the others.
+    Cells run side by side as the cluster has room, see `rlscale.queue`. With `resume`, finished cells are
+    left alone, unfinished ones continued, missing ones started. A cell whose workers died is continued
+    on new ones, `config.retries` times; one that fails does not stop the others.
+
+    Args:
+        wait: seconds to wait for CPUs and GPUs that the cluster lacks, for an autoscaler to add them.
 
     Raises:
         UserError: as `run_one` before anything starts; at the end, if cells failed, which and why.
     """
-    plan: dict[str, list[_Cell]] = defaultdict(list)
+    cells: list[Cell] = []
     for run in config.cells():
         check(run)
-        cell = _Cell(run, folder.absolute() / run_name(run), overwrite)
+        cell = Cell(run, folder.absolute() / run_name(run), overwrite)
         if resume and (status := read_status(cell.folder)):
             if status["state"] == "finished":
                 yield from _events_of(cell.folder)
                 continue
             cell = replace(cell, resume=True)
         RunFolder.check(cell.folder, run, resume=cell.resume, overwrite=overwrite)
-        plan[run.architecture].append(cell)
+        cells.append(cell)
     if overwrite:
-        for cell in chain(*plan.values()):
+        for cell in cells:
             Checkpoints(cell.shared_warm_start, keep=1).remove_all()
 
     cluster.connect(address)
     failures: dict[str, str] = {}
-    for event in _merged([_train_cells.remote(cells) for cells in plan.values()]):
+    for event in run_queue(cells, retries=config.retries, early_stop=config.early_stop, wait=wait):
         if event.state == "failed":
             failures[event.run] = event.message
         yield event
@@ -134,56 +137,6 @@ def check(config: RunConfig) -> None:
             f"a sequence of {longest} tokens exceeds learner.tokens_per_micro_batch="
             f"{config.learner.tokens_per_micro_batch}: raise it to {longest} or more"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    config: RunConfig
-    folder: Path
-    overwrite: bool
-    resume: bool = False
-
-    @property
-    def shared_warm_start(self) -> Path:
-        """Where runs that differ in their budget alone leave their warm start."""
-        length, seed = self.config.task.required_length, self.config.seed
-        return self.folder.parent / "warm_starts" / f"{self.config.architecture}_length{length}_seed{seed}"
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _train_cells(cells: Sequence[_Cell]) -> Iterator[RunEvent]:
-    """The cells of one architecture, on one set of workers."""
-    yield RunEvent(cells[0].folder.name, "starting")
-    try:
-        workers = Workers(cells[0].config, timeout=_FOREVER)
-    except UserError as error:
-        for cell in cells:
-            yield RunEvent(cell.folder.name, "failed", message=str(error))
-        return
-    with workers:
-        for cell in cells:
-            try:
-                with _open(cell.folder, cell.config, cell.resume, cell.overwrite) as run:
-                    yield from workers.train(cell.config, run, cell.shared_warm_start)
-            except UserError as error:
-                yield RunEvent(cell.folder.name, "failed", message=str(error))
-
-
-def _merged(streams: list[Any]) -> Iterator[RunEvent]:
-    """Events of all streams (Ray's generators of references) in the order in which they come."""
-    while streams:
-        ready, _ = ray.wait(streams, num_returns=1)
-        for stream in ready:
-            try:
-                reference = next(stream)
-            except StopIteration:
-                streams.remove(stream)
-                continue
-            yield cluster.gather([reference], "sweep task")[0]
-
-
-def _open(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> RunFolder:
-    return RunFolder.resume(folder, config) if resume else RunFolder.create(folder, config, overwrite)
 
 
 def _events_of(folder: Path) -> Iterator[RunEvent]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from ray.util.placement_group import PlacementGroup
 
-from rlscale.cluster import reserve
 from rlscale.config import AsynchronousConfig, RunConfig
 from rlscale.errors import LearnerDied, UserError
 from rlscale.events import RunEvent
@@ -42,23 +42,19 @@ class Workers(AbstractContextManager["Workers"]):
     `train` for each of its runs; these must agree in architecture, model, rollout workers and learner.
 
     Args:
-        timeout: seconds to wait for CPUs and GPUs that the cluster has but others use.
+        placement: reservation of `bundles(config)`.
 
     Raises:
-        UserError: the cluster cannot meet the reservation (says what is short), an engine has no memory, a
-            checkpoint has another shape.
+        UserError: an engine has no memory, a checkpoint has another shape.
     """
 
-    def __init__(self, config: RunConfig, timeout: float = 30) -> None:
+    def __init__(self, config: RunConfig, placement: PlacementGroup) -> None:
         self.model_config = model_config(config.model, config.architecture)
         self.tokenizer = tokenizer_for(config.model)
         dtype = getattr(torch, config.model.dtype)
         context = self.model_config.max_position_embeddings
         self._stack = ExitStack()
         with self._stack:
-            rollout_bundles = RolloutPool.bundles(config.rollout)
-            learner_bundles = LearnerGroup.bundles(config.learner)
-            placement = self._stack.enter_context(reserve(rollout_bundles + learner_bundles, timeout))
             in_flight: InFlight = "refuse"
             if isinstance(config.mode, AsynchronousConfig):
                 in_flight = config.mode.in_flight
@@ -73,10 +69,15 @@ class Workers(AbstractContextManager["Workers"]):
             self.rollouts = RolloutPool(engine, placement)
             self._stack.callback(self.rollouts.close)
             spec = LearnerSpec(self.model_config, dtype, config.model.checkpoint)
-            self.learner = LearnerGroup(spec, config.learner, placement, len(rollout_bundles))
+            self.learner = LearnerGroup(spec, config.learner, placement, config.rollout.workers)
             self._stack.callback(self.learner.close)
             self.rollouts.ready()
             self._stack = self._stack.pop_all()
+
+    @staticmethod
+    def bundles(config: RunConfig) -> list[dict[str, float]]:
+        """What the workers of a run ask `cluster.reserve` for: rollout workers first, then the learner."""
+        return RolloutPool.bundles(config.rollout) + LearnerGroup.bundles(config.learner)
 
     def train(
         self,
@@ -84,7 +85,7 @@ class Workers(AbstractContextManager["Workers"]):
         run: RunFolder,
         shared_warm_start: Path | None = None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[RunEvent]:
+    ) -> Generator[RunEvent]:
         """One whole run: warm start or resume, RL, summary.
 
         If the learner dies, another one goes on from the run's newest checkpoint, `learner.max_restarts`

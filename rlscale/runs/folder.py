@@ -228,9 +228,13 @@ class RunFolder:
         """Step and folder of the newest whole checkpoint; torn ones do not count."""
         return self._checkpoints.latest()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Marks the run finished, with its summary, and closes the folder."""
-        self._write_status("finished", summary=summary)
+    def finish(self, summary: Mapping[str, Any], abandoned: str | None = None) -> None:
+        """Marks the run finished, with its summary, and closes the folder.
+
+        Args:
+            abandoned: why it ends before its last step.
+        """
+        self._write_status("finished", summary=summary, **({"abandoned": abandoned} if abandoned else {}))
         self.close()
 
     def stop(self) -> None:
