@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlscale.errors import UserError
+
+if TYPE_CHECKING:
+    from rlscale.jobs import Cluster as JobCluster
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -317,6 +320,136 @@ def replay(
     table.add_row("skipped updates", str(report.skipped))
     table.add_row("first not finite", escape(report.first_bad or "nothing"))
     Console().print(table)
+
+
+JobServer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Job server, such as http://HOST:8265; by default RAY_API_SERVER_ADDRESS."
+    ),
+]
+JobID = Annotated[str, typer.Argument(metavar="ID", help="As `rlscale jobs` lists it.")]
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: JobServer = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="Folder that the cluster's machines share, or URL; by default on the head."
+        ),
+    ] = None,
+    wait: Wait = 0,
+    follow: Annotated[bool, typer.Option(help="Show the job's progress until it ends.")] = True,
+) -> None:
+    """Run a config, a run's or a sweep's, as a job of a Ray cluster.
+
+    The code of this installation and the config travel; what they import is installed there. Ctrl-C stops
+    showing the job, not the job.
+    """
+    from rlscale.jobs import Cluster
+
+    cluster = Cluster(address)
+    job = cluster.submit(config, overrides or [], output, wait)
+    typer.echo(f"job {job.id}, results in {job.output}")
+    if follow:
+        _follow(cluster, job.id)
+
+
+@app.command()
+def jobs(address: JobServer = None) -> None:
+    """List the jobs of a cluster, newest first."""
+    from rlscale.jobs import Cluster
+
+    table = Table(
+        "job", "state", "started", "ended", "results", box=None, header_style="bold", pad_edge=False
+    )
+    for job in Cluster(address).jobs():
+        times = (f"{moment:%Y-%m-%d %H:%M:%S}" if moment else "–" for moment in (job.started, job.ended))
+        table.add_row(job.id, job.state.lower(), *times, job.output)
+    Console().print(table)
+
+
+@app.command()
+def logs(
+    job: JobID,
+    address: JobServer = None,
+    follow: Annotated[bool, typer.Option(help="Go on until the job ends.")] = True,
+) -> None:
+    """Show what a job printed from its start, and what it prints until it ends."""
+    from rlscale.jobs import Cluster
+
+    cluster = Cluster(address)
+    if follow:
+        _follow(cluster, job)
+    else:
+        typer.echo(cluster.logs(job), nl=False)
+
+
+@app.command()
+def stop(job: JobID, address: JobServer = None) -> None:
+    """Interrupt a job. What it saved stays, and the same config and output continue it."""
+    from rlscale.jobs import Cluster
+
+    ended = Cluster(address).stop(job)
+    typer.echo(f"job {ended.id} {ended.state.lower()}, results in {ended.output}")
+
+
+@app.command()
+def fetch(
+    job: JobID,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where results go; by default runs/ID."),
+    ] = None,
+    address: JobServer = None,
+) -> None:
+    """Copy a job's results to this machine: all from a URL, all but checkpoints from the head's disk."""
+    from rlscale.jobs import Cluster
+
+    folder = output or Path("runs") / job
+    count = Cluster(address).fetch(job, folder)
+    typer.echo(f"{count} files in {folder}; draw them with: rlscale plot {folder}")
+
+
+@app.command(hidden=True)
+def job(
+    config: Path,
+    folder: Path,
+    mirror: Annotated[str | None, typer.Option()] = None,
+    wait: Annotated[float, typer.Option()] = 0,
+) -> None:
+    """What `submit` runs on the cluster."""
+    from rlscale.config import RunConfig
+    from rlscale.display import Display
+    from rlscale.jobs import carry_out, load_job
+    from rlscale.sweep import run_name
+
+    settings = load_job(config)
+    if isinstance(settings, RunConfig):
+        steps = {folder.name: settings.steps}
+    else:
+        steps = {run_name(cell): cell.steps for cell in settings.cells()}
+    with Display(steps) as display:
+        for event in carry_out(settings, folder, mirror=mirror, wait=wait):
+            display.show(event)
+
+
+def _follow(cluster: JobCluster, job: str) -> None:
+    """Shows a job until it ends; exit code 1 if it did not end well."""
+    try:
+        for piece in cluster.follow(job):
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe job goes on; see it again with: rlscale logs {job}")
+        raise typer.Exit(130) from None
+    ended = cluster.wait(job)
+    typer.echo(f"job {job} {ended.state.lower()}, results in {ended.output}")
+    if ended.state != "SUCCEEDED":
+        raise typer.Exit(1)
 
 
 def draw(folders: list[Path], output: Path, summary: Path) -> None:
