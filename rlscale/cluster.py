@@ -42,7 +42,8 @@ def connect(address: str | None = None) -> None:
     if address:
         _check_reachable(address)
     elif "RAY_AUTH_MODE" not in os.environ:
-        _require_token()
+        # Ray listens on the machine's address, where whoever can connect could run code.
+        use_token(secrets.token_hex(32))
     try:
         # What workers have to say arrives as exceptions; their chatter stays in Ray's log folder.
         ray.init(
@@ -171,11 +172,10 @@ def death(what: str) -> WorkerDied:
     )
 
 
-def _require_token() -> None:
-    """Lets this process's own Ray answer to nobody else: it listens on the machine's address, where whoever
-    can connect could run code. Ray's processes find the token in their environment."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    # Ray has read both when it was imported.
+def use_token(token: str) -> None:
+    """Has the Ray that this process starts or talks to ask for `token`, which its children inherit."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    # Ray read both when it was imported.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import requests
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import kimi_linear
@@ -199,13 +200,13 @@ class Cluster:
         """Ray's and the network's exceptions as one line each."""
         try:
             yield
+        except AuthenticationError:
+            raise UserError(
+                f"the cluster at {self._address} asks for its token: set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from None
         except (RuntimeError, OSError, requests.RequestException) as error:
             reason = " ".join(str(error).split())
-            if "401" in reason or "403" in reason or "nauthorized" in reason or "authentication" in reason:
-                raise UserError(
-                    f"the cluster at {self._address} asks for its token: set RAY_AUTH_MODE=token and "
-                    "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-                ) from None
             if job and ("does not exist" in reason or "404" in reason):
                 raise UserError(f"no job {job} on {self._address}: `rlscale jobs` lists them") from None
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from rlscale.cluster import use_token
 from rlscale.errors import UserError
 from rlscale.jobs import Cluster, load_job
 from rlscale.runs import read_run
@@ -28,41 +29,47 @@ RLSCALE = [sys.executable, "-m", "rlscale"]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A head node with a job server, as `ray start` gives it; its home is a folder of its own."""
     home = tmp_path_factory.mktemp("home")
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= token | {
+    patch = pytest.MonkeyPatch()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        patch.setenv(name, "")  # remembers what to go back to
+    patch.delenv("RAY_ADDRESS")
+    use_token(secrets.token_hex(32))
+    environment = os.environ | {
         "HOME": str(home),
         "PYTHONPATH": "",
         "PATH": f"{Path(sys.executable).parent}:/bin:/usr/bin",
     }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     head = subprocess.Popen(
         [
             Path(sys.executable).with_name("ray"),
             *("start", "--head", "--block", "--port=0", "--num-cpus=2", "--include-dashboard=true"),
-            *("--dashboard-host=127.0.0.1", "--dashboard-port=8299", "--temp-dir", str(home / "ray")),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--temp-dir", str(home / "ray")),
         ],
         env=environment,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    patch = pytest.MonkeyPatch()
-    for name, value in token.items():
-        patch.setenv(name, value)
-    patch.delenv("RAY_ADDRESS", raising=False)
-    address = "http://127.0.0.1:8299"
+    try:
+        yield _answering(f"http://127.0.0.1:{port}", head)
+    finally:
+        patch.undo()
+        head.terminate()
+        head.wait(30)
+
+
+def _answering(address: str, head: subprocess.Popen[bytes]) -> str:
     deadline = time.monotonic() + 180
     while True:
         try:
             Cluster(address)
-            break
+            return address
         except UserError:
             assert head.poll() is None
             assert time.monotonic() < deadline, "the head does not start"
             time.sleep(1)
-    yield address
-    patch.undo()
-    os.killpg(head.pid, signal.SIGTERM)
-    head.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +176,7 @@ def test_an_invalid_config_is_refused_before_anything_is_sent(server: str, tmp_p
 
 def test_a_wrong_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    with pytest.raises(UserError, match="no job server at http://127.0.0.1:1"):
+    with pytest.raises(UserError, match=r"no job server at http://127\.0\.0\.1:1"):
         Cluster("http://127.0.0.1:1")
     with pytest.raises(UserError, match="no cluster named: give --address"):
         Cluster()
