@@ -212,20 +212,24 @@ class _Queue:
             yield from self._failed(lane, error)
 
     def _failed(self, lane: _Lane, error: UserError) -> Iterator[RunEvent]:
-        started = lane.cell is not None
-        cell = lane.cell or next((cell for cell in self.waiting if cell.lane == lane.key), None)
-        self._close(lane)
+        """The lane's cell failed or lost its workers; or, without a cell, the workers could not start."""
+        running, died = lane.cell, isinstance(error, WorkerDied)
+        cell = running or next((cell for cell in self.waiting if cell.lane == lane.key), None)
+        if running and not died:
+            lane.news = lane.cell = None  # the run's own fault: its workers serve the next
+        else:
+            self._close(lane)
         if cell is None:
             return
-        if not started:
+        if not running:
             self.waiting.remove(cell)
-        if isinstance(error, WorkerDied) and cell.attempt < self.retries:
+        if died and cell.attempt < self.retries:
             self.waiting.append(cell.again())
             yield RunEvent(cell.folder.name, "restarting", message=str(error))
             return
         yield RunEvent(cell.folder.name, "failed", message=str(error))
-        if not started:  # workers that cannot start for this cell cannot for the others of its lane
-            yield from self._give_up(lane.key, str(error))
+        if not running:
+            yield from self._give_up(lane.key, str(error))  # what cannot start for one cannot for the others
 
     def _start(self, lane: _Lane) -> Iterator[RunEvent]:
         """Engines for a lane that has its reservation."""
