@@ -16,7 +16,6 @@ from rich.table import Table
 
 from rlscale.events import RunEvent
 
-
 _STYLES = {
     "waiting": "dim",
     "finished": "green",
