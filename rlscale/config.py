@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rlscale.adapters.defaults import PAPER_KEEP_RATIOS, TARGET_MODULES
 from rlscale.algorithms import AlgorithmConfig, Data, DrGRPOConfig, GRPOConfig
 from rlscale.errors import UserError
 from rlscale.sections import TAG, Section, locate
@@ -87,6 +88,63 @@ class RolloutConfig(Section):
     """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
 
 
+class NoAdapterConfig(Section):
+    """All weights are trained."""
+
+    kind: Literal["none"] = "none"
+    """Which adapter; the keys beside it are its own."""
+
+
+class LowRankSection(Section):
+    """What LoRA and CE-LoRA share."""
+
+    rank: int = Field(16, ge=1)
+    """Of each addition B A."""
+    alpha: float = Field(32, gt=0)
+    """The addition is scaled by alpha / rank."""
+    target_modules: list[str] = Field(
+        list(TARGET_MODULES),
+        min_length=1,
+    )
+    """Names of the linear layers that get one; names that a model lacks are passed over."""
+
+
+class LoraAdapterConfig(LowRankSection):
+    """LoRA (arXiv:2106.09685): after the warm start, which trains all weights, low-rank additions alone."""
+
+    kind: Literal["lora"] = "lora"
+    """Which adapter; the keys beside it are its own."""
+
+
+class CELoraAdapterConfig(LowRankSection):
+    """CE-LoRA (arXiv:2502.01378): LoRA whose backward pass approximates the gradients of layers' inputs.
+
+    Layers with a keep ratio have 7/8 of `rank` and `alpha`: with the frozen part, LoRA's memory.
+    """
+
+    kind: Literal["celora"] = "celora"
+    """Which adapter; the keys beside it are its own."""
+    keep_ratios: dict[str, Annotated[float, Field(gt=0, le=1)]] = PAPER_KEEP_RATIOS
+    """By pattern of module names: the fraction of output channels that enter the input's gradient."""
+    frozen_rank: int | None = Field(None, ge=1)
+    """Rank of the part of the weight that stays exact; default 7/8 of `rank`."""
+    frozen_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
+    """By pattern, where the frozen rank differs."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
+    """By pattern, where the rank differs."""
+    refresh_every: int = Field(200, ge=1)
+    """Optimizer steps between two choices of channels; such a step, the first included, is exact."""
+    selection: Literal["top", "sampled"] = "top"
+    """The channels of the largest norms, or an unbiased sample, drawn anew in every step."""
+    adaptive: bool = False
+    """Share the channels among the layers by what they contribute, at the same total cost."""
+
+
+AdapterConfig = Annotated[
+    NoAdapterConfig | LoraAdapterConfig | CELoraAdapterConfig, Field(discriminator="kind")
+]
+
+
 class LearnerConfig(Section):
     workers: int = Field(1, ge=1)
     """Ray actors that share each batch and shard the model between them (FSDP2: NCCL on GPUs, else gloo)."""
@@ -110,10 +168,20 @@ class LearnerConfig(Section):
     """Token budget of one packed forward and backward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    adapter: AdapterConfig = NoAdapterConfig()
+    """What is trained: all weights, or an adapter. Rollouts get its weights merged."""
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for the worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
     """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
+
+    @model_validator(mode="after")
+    def _an_adapter_has_one_worker(self) -> LearnerConfig:
+        if self.workers > 1 and not isinstance(self.adapter, NoAdapterConfig):
+            raise ValueError(
+                f"workers={self.workers} cannot share an adapter: set workers to 1, or adapter.kind to none"
+            )
+        return self
 
 
 class SynchronousConfig(Section):

@@ -23,8 +23,9 @@ from kimi_linear.checkpoint import (
     tensor_files,
 )
 from kimi_linear.model import KimiLinearForCausalLM
+from rlscale.adapters.attached import AttachedAdapter
 from rlscale.algorithms import AlgorithmConfig, MirrorDescentConfig, NoCorrection
-from rlscale.config import LearnerConfig, WarmStartConfig
+from rlscale.config import LearnerConfig, NoAdapterConfig, WarmStartConfig
 from rlscale.errors import UserError
 from rlscale.learner.importance import importance_weights, mismatch_metrics
 from rlscale.learner.logprobs import token_logprobs
@@ -67,7 +68,7 @@ class LearnerSpec:
         """A learner before its first step, in this process, on the CPUs or the GPU that `config` gives it.
 
         Args:
-            seed: of the random initial weights; nothing else in a learner is random.
+            seed: of the random initial weights and of an adapter's; nothing else in a learner is random.
 
         Raises:
             UserError: a checkpoint that is missing, torn or of another shape; no GPU where one is asked.
@@ -76,7 +77,7 @@ class LearnerSpec:
         device = torch.device("cuda" if config.num_gpus else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"learner.num_gpus = {config.num_gpus:g} but PyTorch sees no GPU: set it to 0")
-        return Learner(self.policy(seed).to(device), config, algorithm)
+        return Learner(self.policy(seed).to(device), config, algorithm, seed)
 
     def policy(self, seed: int) -> KimiLinearForCausalLM:
         """The model with its weights, on the CPU: the checkpoint's, or random ones of this seed.
@@ -93,20 +94,22 @@ class LearnerSpec:
 
 
 class Learner:
-    """Trains one model by policy gradients, alone or as one of several ranks.
+    """Trains one model, or an adapter on it, by policy gradients, alone or as one of several ranks.
 
     Every method but `warm_start` and `named_layout` is then called on all ranks at once, with the same
     arguments.
     """
 
     def __init__(
-        self, model: KimiLinearForCausalLM, config: LearnerConfig, algorithm: AlgorithmConfig
+        self, model: KimiLinearForCausalLM, config: LearnerConfig, algorithm: AlgorithmConfig, seed: int
     ) -> None:
         self.model = model
         self._config = config
         self._algorithm = algorithm
+        self._seed = seed
         self._ranks = Ranks()
         self._skipped_steps = 0  # in a row, up to the last
+        self._adapter: AttachedAdapter | None = None
         self._start_afresh()
 
     def shard(self, ranks: Ranks) -> None:
@@ -182,34 +185,40 @@ class Learner:
     ) -> WarmStartReport:
         """Supervised training on the task's solutions; see `rlscale.learner.warm_start.warm_start`.
 
-        Reinforcement learning then starts afresh, with its own optimizer state and learning-rate warm-up.
+        Reinforcement learning then starts afresh, with its own optimizer state and learning-rate warm-up. A
+        warm start trains all weights; an adapter is attached to what it gave.
 
         Raises:
             UserError: the target pass rate was not reached.
         """
         from rlscale.learner.warm_start import warm_start
 
+        self._detach_adapter()
         report = warm_start(self.model, tokenizer, task, config, seed, on_progress)
         self._start_afresh()
         return report
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights under their released names. Alone they share the model's memory; of several ranks each
-        is gathered when its turn comes, so all ranks must go through all of them."""
-        return released_weights(self.model)
+        """The weights under their released names, an adapter's merged. Alone they share the model's memory,
+        merged ones apart; of several ranks each is gathered when its turn comes, so all ranks must go through
+        all of them."""
+        return released_weights(self.model) if self._adapter is None else self._adapter.merged_weights()
 
     def named_layout(self) -> list[tuple[str, torch.Tensor]]:
         """Names, shapes and dtypes of `named_weights`, without their memory."""
-        return released_layout(self.model)
+        return released_layout(self.model) if self._adapter is None else self._adapter.layout()
 
     def save(self, folder: Path) -> None:
         """Writes all that `load` needs to go on as if nothing had happened, on any number of ranks: weights
-        in the released format, optimizer state, step. A training step draws no random numbers, so there are
-        none to keep. Rank 0 gathers the model in its machine's memory, then the optimizer's state."""
+        in the released format, optimizer state, step, and of an adapter what `AttachedAdapter.save` says. A
+        training step draws no random numbers, so there are none to keep. Rank 0 gathers the model in its
+        machine's memory, then the optimizer's state."""
         is_writer = self._ranks.rank == 0
-        if weights := gathered(self.model.state_dict(), keep=is_writer):
+        if self._adapter is not None:
+            self._adapter.save(folder)
+        elif weights := gathered(self.model.state_dict(), keep=is_writer):
             save_state(self.model.config, weights, folder, MAX_SHARD_BYTES)
-        del weights
+            del weights
         state = gathered(self._optimizer.state_tensors(), keep=is_writer)
         if not is_writer:
             return
@@ -224,8 +233,12 @@ class Learner:
             UserError: a file is missing or torn, or holds a model of another shape. The learner is then in
                 no defined state: load another folder or give it up.
         """
+        self._detach_adapter()
         _load_weights(self.model, folder)
+        self._start_afresh()
         try:
+            if self._adapter is not None:
+                self._adapter.load(folder)
             self._optimizer.load_state_tensors(load_file(folder / OPTIMIZER_FILE))
             progress = json.loads((folder / PROGRESS_FILE).read_text())
             self._step, self._skipped_steps = int(progress["step"]), int(progress["skipped_steps"])
@@ -240,12 +253,22 @@ class Learner:
         return self.model.lm_head.weight.device
 
     def _start_afresh(self) -> None:
+        adapter = self._config.adapter
+        if not isinstance(adapter, NoAdapterConfig) and self._adapter is None:
+            self._adapter = AttachedAdapter(self.model, adapter, self._seed)
         self.model.train()
         if self._config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self._optimizer = Optimizer(self.model.named_parameters(), self._config)
+        if self._adapter is not None:
+            self._optimizer.on_step(self._adapter.optimizer_stepped)
         self._step = 0
         self._skipped_steps = 0
+
+    def _detach_adapter(self) -> None:
+        if self._adapter is not None:
+            self._adapter.detach()
+            self._adapter = None
 
     @torch.no_grad()
     def _old_logprobs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,10 @@ class Optimizer:
             for _, parameter, master in self._rounded():
                 parameter.copy_(master)
         return norm.item(), True
+
+    def on_step(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` after every step that is taken."""
+        self._adamw.register_step_post_hook(lambda *_: listener())
 
     def zero_grad(self) -> None:
         """Frees the gradients."""

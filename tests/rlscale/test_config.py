@@ -84,11 +84,11 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
     ("kind", "text", "message"),
     [
         (RunConfig, "momentum: 1", r"unknown config key 'momentum': known here are algorithm, architecture"),
-        (RunConfig, "learner: {momentum: 1}", r"'learner\.momentum': known here are gradient_checkpointing"),
+        (RunConfig, "learner: {momentum: 1}", r"'learner\.momentum': known here are adapter, gradient_ch"),
         (
             SweepConfig,
             "run: {learner: {momentum: 1}}",
-            r"'run\.learner\.momentum': known here are gradient_ch",
+            r"'run\.learner\.momentum': known here are adapter, gradient_ch",
         ),
         (
             RunConfig,

@@ -1,0 +1,1 @@
+"""Low-rank adapters on PEFT's conventions: LoRA, and CE-LoRA, whose backward pass is cheaper."""
