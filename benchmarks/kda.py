@@ -8,30 +8,17 @@ The file is written again after every case, so a run cut short leaves what it me
 
 import argparse
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from triton.testing import do_bench
 
-from kimi_linear.ops.triton import chunk_kda, kda_decode_step
+from benchmarks import kda_decode
+from benchmarks.timing import Results, bytes_per_ms, median_ms, released_gate
+from kimi_linear.ops.triton import chunk_kda
 
 HEAD_DIM = 128
-GRAPH_CALLS = 20
-
-
-def median_ms(call: Callable[[], object], budget_ms: int = 150) -> float:
-    return do_bench(call, warmup=25, rep=budget_ms, return_mode="median")
-
-
-def bytes_per_ms() -> float:
-    """Memory bandwidth of this device: bytes read and written by a large copy, a millisecond."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source))
 
 
 def layer_inputs(tokens: int, heads: int, batch: int = 1) -> dict[str, torch.Tensor]:
@@ -39,9 +26,7 @@ def layer_inputs(tokens: int, heads: int, batch: int = 1) -> dict[str, torch.Ten
     shape = (batch, tokens, heads, HEAD_DIM)
     inputs = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in "qkvg"}
     inputs["beta"] = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16)
-    inputs["A_log"] = torch.empty(heads, device="cuda").uniform_(1, 16).log()
-    steps = torch.empty(heads * HEAD_DIM, device="cuda").uniform_(-6.9, -2.3).exp()
-    inputs["dt_bias"] = steps + torch.log(-torch.expm1(-steps))
+    inputs["A_log"], inputs["dt_bias"] = released_gate(heads, HEAD_DIM)
     return inputs
 
 
@@ -82,39 +67,6 @@ def time_kernel(
     return median_ms(call), peak
 
 
-def time_decode(sequences: int, heads: int, dtype: torch.dtype) -> tuple[float, int]:
-    """Milliseconds of one step inside a CUDA graph, and the bytes it must move."""
-    channels = heads * 3 * HEAD_DIM
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-    state = torch.randn(sequences, heads, HEAD_DIM, HEAD_DIM, device="cuda").mul_(0.1).to(dtype)
-    slots = torch.randperm(sequences, device="cuda").int()
-    arguments = (
-        new(sequences, channels),
-        new(channels, 4),
-        new(sequences, 3, channels),
-        new(sequences, heads, HEAD_DIM),
-        new(sequences, heads),
-        torch.randn(heads, device="cuda"),
-        torch.randn(heads * HEAD_DIM, device="cuda") - 3,
-        state,
-        slots,
-        new(sequences, heads, HEAD_DIM),
-        new(HEAD_DIM),
-    )
-    kda_decode_step(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
-            o = kda_decode_step(*arguments)
-    moved = 2 * state.nbytes + 2 * arguments[2].nbytes + o.nbytes
-    moved += sum(arguments[i].nbytes for i in (0, 1, 3, 4, 9))
-    return median_ms(graph.replay, 60) / GRAPH_CALLS, moved
-
-
 def time_attention(tokens: int, heads: int, backward: bool) -> float:
     """Full causal attention by cuDNN with the MLA layer's sizes: 192 for q and k, 128 for v."""
     q, k = (torch.randn(1, heads, tokens, 192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -129,25 +81,6 @@ def time_attention(tokens: int, heads: int, backward: bool) -> float:
             torch.autograd.grad(o, leaves, output_grad)
 
     return median_ms(call)
-
-
-class Results:
-    """The cases measured so far, on disk after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cases: list[dict[str, object]] = []
-
-    def add(self, **case: object) -> None:
-        about = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        }
-        self.cases.append({**case, **about})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.cases, indent=1) + "\n")
-        print({key: value for key, value in case.items() if value is not None}, flush=True)
 
 
 def ragged(tokens: int) -> torch.Tensor:
@@ -170,22 +103,7 @@ def measure(results: Results, peer: Callable | None, attention: bool) -> None:
         ("uniform", 8, 2048, 32),
         ("ragged", 1, 8192, 32),
     ]
-    for sequences in (1, 16, 128, 1024):
-        for dtype in (torch.float32, torch.bfloat16):
-            ours, moved = time_decode(sequences, 32, dtype)
-            results.add(
-                case=f"decode step, {str(dtype).removeprefix('torch.')} state",
-                B=sequences,
-                T=1,
-                H=32,
-                D=HEAD_DIM,
-                gate="unbounded",
-                ours_ms=ours,
-                fla_ms=None,
-                flashkda_ms=None,
-                floor_ms=moved / bandwidth,
-                peak_bytes=None,
-            )
+    kda_decode.measure(results, bandwidth)
     for backward in (False, True):
         for packing, batch, tokens, heads in shapes:
             if backward and heads == 96:

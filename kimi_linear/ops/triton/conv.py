@@ -14,8 +14,9 @@ from kimi_linear.ops.triton.tiles import LOG2E
 
 WIDTH = 4
 
-# Tokens of a strip and of a group, channels and warps of a program.
-FORWARD_OPTIONS = {"BT": 64, "GROUP": 8, "BC": 256, "num_warps": 1}
+# Tokens of a strip and of a group, channels and warps of a program: fixed by measurement
+# (benchmarks/NOTES.md).
+FORWARD_OPTIONS = {"BT": 32, "GROUP": 8, "BC": 128, "num_warps": 1}
 BACKWARD_OPTIONS = {"BT": 64, "GROUP": 4, "BC": 128, "num_warps": 1}
 
 

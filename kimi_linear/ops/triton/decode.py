@@ -1,10 +1,13 @@
 """One decode step of a KDA layer, from its projections to its output projection, in one launch."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from kimi_linear.ops.triton.chunk import check_head_sizes, gate_kind
+from kimi_linear.ops.triton.conv import append, silu
 from kimi_linear.ops.triton.recurrent import delta_step, token_decay
 from kimi_linear.ops.triton.tiles import LOG2E
 
@@ -13,30 +16,29 @@ DECODE_OPTIONS = {"num_warps": 4}
 
 
 @triton.jit
-def load_window(x, weight, conv_state, channels, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
-    """The last W inputs of some channels, newest last, and their filter, both [WP, D] in float32."""
-    tap = tl.arange(0, WP)[:, None]
-    old = tl.load(conv_state + tap * C + channels[None, :], mask=(tap < W - 1) & mask[None, :], other=0.0).to(
-        tl.float32
-    )
-    new = tl.load(x + channels, mask=mask, other=0.0).to(tl.float32)
-    taps = tl.load(weight + channels[None, :] * W + tap, mask=(tap < W) & mask[None, :], other=0.0).to(
-        tl.float32
-    )
-    return tl.where(tap == W - 1, new[None, :], old), taps
+def load_window(x, window, channels, mask, C: tl.constexpr, W: tl.constexpr):
+    """The last W inputs of some channels, oldest first, in their own dtype."""
+    rows = ()
+    for tap in tl.static_range(0, W - 1):
+        rows = append(rows, tl.load(window + tap * C + channels, mask=mask, other=0.0))
+    return append(rows, tl.load(x + channels, mask=mask, other=0.0))
 
 
 @triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp2(-x * LOG2E))
+def convolve(rows, weight, channels, mask, W: tl.constexpr):
+    """SiLU of the newest output of the short convolution, in float32."""
+    y = tl.zeros(channels.shape, dtype=tl.float32)
+    for tap in tl.static_range(0, W):
+        factor = tl.load(weight + channels * W + tap, mask=mask, other=0.0).to(tl.float32)
+        y += factor * rows[tap].to(tl.float32)
+    return silu(y)
 
 
 @triton.jit
-def store_window(window, conv_state, channels, mask, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+def shift_window(rows, window, channels, mask, C: tl.constexpr, W: tl.constexpr):
     """Keep the newest W - 1 inputs for the next token."""
-    tap = tl.arange(0, WP)[:, None]
-    at = conv_state + (tap - 1) * C + channels[None, :]
-    tl.store(at, window.to(conv_state.dtype.element_ty), mask=(tap >= 1) & (tap < W) & mask[None, :])
+    for tap in tl.static_range(0, W - 1):
+        tl.store(window + tap * C + channels, rows[tap + 1].to(window.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -66,10 +68,17 @@ def decode_kernel(
     V: tl.constexpr,
     VP: tl.constexpr,
     W: tl.constexpr,
-    WP: tl.constexpr,
     GATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program a sequence and head, so that the norm of a head's output needs no second launch."""
+    """One program a sequence and head, so that the norm of a head's output needs no second launch.
+
+    The state is read and written once and stays in registers between.
+    """
+    if EARLY:
+        # This grid may start while the launch before it ends, and the next one while this one does.
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(0) // HV
     hv = tl.program_id(0) % HV
     kk = tl.arange(0, KP)
@@ -88,35 +97,40 @@ def decode_kernel(
     # store in between would hold back every load behind it, since the two might overlap.
     s = tl.load(state_at, mask=state_mask, other=0.0).to(tl.float32)
     x = qkv + sequence.to(tl.int64) * qkv_stride
-    kept = conv_state + slot * window_stride
+    window = conv_state + slot * window_stride
     q_channels = hv * K + kk
-    k_channels = HV * K + hv * K + kk
+    k_channels = HV * K + q_channels
     v_channels = 2 * HV * K + hv * V + vv
-    q_window, q_taps = load_window(x, conv_weight, kept, q_channels, k_mask, C, W, WP)
-    k_window, k_taps = load_window(x, conv_weight, kept, k_channels, k_mask, C, W, WP)
-    v_window, v_taps = load_window(x, conv_weight, kept, v_channels, v_mask, C, W, WP)
+    q_rows = load_window(x, window, q_channels, k_mask, C, W)
+    k_rows = load_window(x, window, k_channels, k_mask, C, W)
+    v_rows = load_window(x, window, v_channels, v_mask, C, W)
     b = tl.load(beta + sequence.to(tl.int64) * beta_stride + hv).to(tl.float32)
     decay = token_decay(g, row * K, kk, k_mask, hv, a_log, dt_bias, lower_bound, K, GATE)
     norm = tl.load(norm_weight + vv, mask=v_mask, other=0.0).to(tl.float32)
     gate = tl.load(output_gate + row * V + vv, mask=v_mask, other=0.0).to(tl.float32)
 
-    q_row = silu(tl.sum(q_window * q_taps, axis=0))
-    k_row = silu(tl.sum(k_window * k_taps, axis=0))
-    v_row = silu(tl.sum(v_window * v_taps, axis=0))
-    q_row *= tl.rsqrt(tl.sum(q_row * q_row, axis=0) + 1e-6)
-    k_row *= tl.rsqrt(tl.sum(k_row * k_row, axis=0) + 1e-6)
+    q = convolve(q_rows, conv_weight, q_channels, k_mask, W)
+    k = convolve(k_rows, conv_weight, k_channels, k_mask, W)
+    v = convolve(v_rows, conv_weight, v_channels, v_mask, W)
+    q *= tl.rsqrt(tl.sum(q * q, axis=0) + 1e-6)
+    k *= tl.rsqrt(tl.sum(k * k, axis=0) + 1e-6)
     b = 1.0 / (1.0 + tl.exp2(-b * LOG2E))
-    s, output = delta_step(s, q_row, k_row, v_row, decay, b, scale)
-    output *= tl.rsqrt(tl.sum(output * output, axis=0) / V + eps)
-    output *= norm / (1.0 + tl.exp2(-gate * LOG2E))
-
     # Threads may share an element; none may overwrite a window that another has still to read.
     tl.debug_barrier()
+    shift_window(q_rows, window, q_channels, k_mask, C, W)
+    shift_window(k_rows, window, k_channels, k_mask, C, W)
+    shift_window(v_rows, window, v_channels, v_mask, C, W)
+    s, output = delta_step(s, q, k, v, decay, b, scale)
     tl.store(state_at, s.to(state.dtype.element_ty), mask=state_mask)
-    store_window(q_window, kept, q_channels, k_mask, C, W, WP)
-    store_window(k_window, kept, k_channels, k_mask, C, W, WP)
-    store_window(v_window, kept, v_channels, v_mask, C, W, WP)
+    output *= tl.rsqrt(tl.sum(output * output, axis=0) / V + eps)
+    output *= norm / (1.0 + tl.exp2(-gate * LOG2E))
     tl.store(o + row * V + vv, output.to(o.dtype.element_ty), mask=v_mask)
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether launches on `device` can overlap the end of those before them: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def kda_decode_step(
@@ -183,6 +197,7 @@ def kda_decode_step(
         raise ValueError("state and conv_state are advanced in place and each slot must be contiguous")
     qkv, beta = (x if x.stride(-1) == 1 else x.contiguous() for x in (qkv, beta))
     o = qkv.new_empty(sequences, value_heads, value_dim)
+    early = starts_early(qkv.device)
     decode_kernel[(sequences * value_heads,)](
         qkv,
         conv_weight.contiguous(),
@@ -209,8 +224,9 @@ def kda_decode_step(
         V=value_dim,
         VP=max(16, triton.next_power_of_2(value_dim)),
         W=width,
-        WP=triton.next_power_of_2(width),
         GATE=gate_kind(True, lower_bound),
+        EARLY=early,
+        launch_pdl=early,
         **DECODE_OPTIONS,
     )
     return o

@@ -10,9 +10,9 @@ from kimi_linear.ops.triton.tiles import LOG2E
 
 # Elements and warps of a program, and programs of the backward pass, each of which adds up a share of the
 # weight's gradient.
-BLOCK = 4096
-WARPS = 4
-BACKWARD_PROGRAMS = 1024
+BLOCK = 2048
+WARPS = 2
+BACKWARD_PROGRAMS = 1056
 
 
 @triton.jit
