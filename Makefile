@@ -16,7 +16,7 @@ test: $(VENV)/.dev browser lint
 # Tests of the report click through it in a browser.
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
-		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 		{ echo "the tests need Chromium: apt-get install chromium"; exit 1; }
 
 lint: $(VENV)/.dev

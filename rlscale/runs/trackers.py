@@ -50,7 +50,7 @@ def open_trackers(
         config: shown beside the run.
 
     Raises:
-        UserError: as `check_trackers`.
+        UserError: as `check_trackers`, or a hosted tracker that cannot start.
     """
     check_trackers(names)
     trackers: dict[str, Tracker] = {}
@@ -67,9 +67,15 @@ class _Hosted:
 
     def __init__(self, package: str, folder: Path, config: Mapping[str, Any]):
         path = folder.resolve()
-        self._run = importlib.import_module(package).init(
-            project=_PROJECT, name=path.name, group=path.parent.name, config=dict(config)
-        )
+        try:
+            self._run = importlib.import_module(package).init(
+                project=_PROJECT, name=path.name, group=path.parent.name, config=dict(config)
+            )
+        except Exception as error:  # each has kinds of its own: no login, no network, no disk
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{package} cannot start ({reason}): set it up, or remove it from trackers"
+            ) from None
 
     def write(self, prefix: str, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({f"{prefix}/{name}": value for name, value in scalars.items()}, step=step)

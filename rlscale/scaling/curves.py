@@ -10,7 +10,7 @@ import numpy as np
 
 from rlscale.runs import RunRecord
 from rlscale.scaling.fit import Extrapolation, FitRefused, SigmoidFit, extrapolate, fit_sigmoid
-from rlscale.scaling.series import Cell
+from rlscale.scaling.series import Cell, Cells
 
 AXES = {
     "generated_tokens": "generated tokens",
@@ -49,8 +49,9 @@ def costs(run: RunRecord, axis: str) -> np.ndarray:
     evaluations = run.evaluations
     if axis == "flops":
         steps = np.array([m["step"] for m in run.metrics], dtype=float)
-        spent = [m.get("rollout_flops", np.nan) + m.get("train_flops", np.nan) for m in run.metrics]
-        total = np.concatenate(([0.0], np.cumsum(spent)))
+        spent = [[m.get(part) for part in ("rollout_flops", "train_flops")] for m in run.metrics]
+        by_step = np.array(spent, dtype=float).reshape(-1, 2).sum(axis=1)  # NaN where not recorded
+        total = np.concatenate(([0.0], np.cumsum(by_step)))
         return total[np.searchsorted(steps, [e["step"] for e in evaluations], side="right")]
     name = "wall_s" if axis == "device_hours" else axis
     values = np.array([np.nan if e.get(name) is None else e[name] for e in evaluations], dtype=float)
@@ -86,7 +87,7 @@ def fit_cell(cell: Cell, architecture: str, runs: Sequence[RunRecord], axis: str
     return FittedCurve(cell, architecture, axis, compute, means, seeds, fit, check, refusal)
 
 
-def fit_cells(cells: dict[Cell, dict[str, list[RunRecord]]], axis: str) -> list[FittedCurve]:
+def fit_cells(cells: Cells, axis: str) -> list[FittedCurve]:
     """`fit_cell` for every cell and architecture that has been evaluated, in the cells' order."""
     return [
         fit_cell(cell, architecture, evaluated, axis)

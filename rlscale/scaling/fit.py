@@ -179,7 +179,8 @@ def fit_sigmoid(
     parameters = np.column_stack((found, starts))
     gains = sigmoid(highest, *parameters.T) - starts
     if np.percentile(gains, 2.5) <= 0:
-        raise FitRefused(f"no rise beyond the noise: from {base:.3f} to {a:.3f}, and the interval holds none")
+        end = sigmoid(highest, a, b, mid, base)
+        raise FitRefused(f"no rise beyond the noise: from {base:.3f} to {end:.3f} at the largest compute")
     _require_bracket(mid, found[:, 2], lowest, highest)
 
     low, high = np.percentile(parameters, [2.5, 97.5], axis=0).tolist()

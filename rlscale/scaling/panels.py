@@ -13,10 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from rlscale.runs import RunRecord
 from rlscale.scaling import style
-from rlscale.scaling.series import Cell, curve
+from rlscale.scaling.series import Cell, Cells, curve
 from rlscale.scaling.style import ARCHITECTURES, GREY, Look
-
-Cells = dict[Cell, dict[str, list[RunRecord]]]
 
 CLAIM_LINES = ((0, (1, 1.5)), (0, (5, 1, 1, 1)))
 """Dashes of the lines that say what a paper claims."""

@@ -13,6 +13,7 @@ cannot carry are left out.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from rlscale.scaling.curve_plots import asymptotes, crossing_lengths, scaling_cu
 from rlscale.scaling.curves import fit_cells
 from rlscale.scaling.panels import (
     CLAIM_LINES,
-    Cells,
     architectures_of,
     budget_handles,
     budget_look,
@@ -44,7 +44,9 @@ from rlscale.scaling.panels import (
     seed_lines,
 )
 from rlscale.scaling.series import (
+    DIAGNOSTICS,
     Cell,
+    Cells,
     by_cell,
     curve,
     mean_over_seeds,
@@ -247,32 +249,27 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
 
 def _diagnostics(cells: Cells) -> Figure | None:
     """Reward, truncation, entropy, mismatch and staleness against steps, a column per cell."""
-    wanted = {
-        "reward_mean": "training reward",
-        "truncated_fraction": "truncated\nfraction",
-        "entropy": "entropy\n(nats per token)",
-        "mismatch_mean": "mean |log-prob\nmismatch|",
-        "staleness_mean": "mean staleness\n(updates)",
-    }
-    cells = cells_with(cells, lambda run: any(curve(run.metrics, "step", y).x.size for y in wanted))
+    cells = cells_with(cells, lambda run: any(curve(run.metrics, "step", y).x.size for y in DIAGNOSTICS))
     drawn = {
-        y: t for y, t in wanted.items() if any(curve(r.metrics, "step", y).x.size for r in runs_of(cells))
+        y: t
+        for y, t in DIAGNOSTICS.items()
+        if any(curve(r.metrics, "step", y).x.size for r in runs_of(cells))
     }
     if not drawn:
         return None
     figure, grid = style.new_figure(len(drawn), len(cells), panel_height=1.35)
     for row, (y, text) in zip(grid, drawn.items(), strict=True):
         for panel, architectures in zip(row, cells.values(), strict=True):
-            for architecture, runs in architectures.items():
+            for architecture, group in architectures.items():
                 look = ARCHITECTURES[architecture]
-                seeds = [run.metrics for run in runs]
+                seeds = [run.metrics for run in group]
                 seed_lines(panel, seeds, "step", y, look, 1.0)
                 mean = mean_over_seeds(seeds, "step", y)
                 panel.plot(mean.x, mean.y, color=look.colour, ls=look.line, lw=1.3, zorder=3)
             from_zero(panel, 4, integer=True)
             panel.tick_params(labelbottom=row is grid[-1], labelleft=panel is row[0])
         _share_y(row, y)
-        row[0].set_ylabel(text)
+        row[0].set_ylabel(textwrap.fill(text, 16))
     for panel, cell in zip(grid[0], cells, strict=True):
         panel.set_title(cell_title(cell, cells))
     for panel in grid[-1]:

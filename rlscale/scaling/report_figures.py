@@ -11,19 +11,17 @@ import numpy as np
 from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import AXES, FittedCurve, costs
-from rlscale.scaling.series import Cell, mean_over_seeds, over_steps, step_phases
+from rlscale.scaling.series import (
+    DIAGNOSTICS,
+    Cell,
+    Cells,
+    mean_over_seeds,
+    over_steps,
+    step_phases,
+)
 from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, Claims, engineering
 from rlscale.scaling.summary import Ratio
 
-Cells = dict[Cell, dict[str, list[RunRecord]]]
-
-DIAGNOSTICS = {
-    "reward_mean": "training reward",
-    "truncated_fraction": "truncated fraction",
-    "entropy": "entropy (nats per token)",
-    "mismatch_mean": "mean |log-prob mismatch|",
-    "staleness_mean": "mean staleness (updates)",
-}
 _SYMBOLS = {"hybrid": "circle", "mla": "square"}
 _DASHES = {"hybrid": "solid", "mla": "dash"}
 _POINTS = 60  # of a drawn curve, and at most of a run's metrics
@@ -277,7 +275,7 @@ def _points(architecture: str, runs: Sequence[RunRecord], axis: str) -> list[dic
     x, y, text = [], [], []
     for run in runs:
         for cost, evaluation in zip(costs(run, axis), run.evaluations, strict=True):
-            if np.isfinite(cost):
+            if np.isfinite(cost) and evaluation["pass_rate"] is not None:
                 x.append(cost)
                 y.append(evaluation["pass_rate"])
                 text.append(f"seed {run.config.seed}, step {evaluation['step']}")

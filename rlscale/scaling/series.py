@@ -23,6 +23,15 @@ _SHARED = (
     ("model", "preset"),
     ("model", "overrides"),
 )
+DIAGNOSTICS = {
+    "reward_mean": "training reward",
+    "truncated_fraction": "truncated fraction",
+    "entropy": "entropy (nats per token)",
+    "mismatch_mean": "mean |log-prob mismatch|",
+    "staleness_mean": "mean staleness (updates)",
+}
+"""Metrics to look at when a curve looks odd, and what they are called."""
+
 # A step's phases, and the metrics that hold them, the learner's view first.
 _PHASES = {
     "rollout_s": ("batch_wait_s", "rollout_s"),
@@ -44,6 +53,10 @@ class Cell(NamedTuple):
         return round((self.budget - 1) / self.required_length, 2)
 
 
+Cells = dict[Cell, dict[str, list[RunRecord]]]
+"""Runs by cell and architecture, ordered by seed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Points of one line, shapes [points]."""
@@ -52,7 +65,7 @@ class Curve:
     y: np.ndarray
 
 
-def by_cell(runs: Sequence[RunRecord]) -> dict[Cell, dict[str, list[RunRecord]]]:
+def by_cell(runs: Sequence[RunRecord]) -> Cells:
     """Runs by cell (shortest first) and architecture (hybrid first), ordered by seed."""
     cells: dict[Cell, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda r: (r.config.architecture, r.config.seed)):

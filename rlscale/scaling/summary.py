@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rlscale.errors import UserError
 from rlscale.runs import RunRecord
+from rlscale.scaling.crossing import COMPARED
 
 FIELDS = (
     "architecture",
@@ -27,7 +28,6 @@ FIELDS = (
     "wall_s",
 )
 
-_COMPARED = ("rollout_tokens_per_s", "cache_bytes_per_sequence", "pass_rate_end")
 _RESAMPLES = 10_000
 
 
@@ -93,7 +93,7 @@ def hybrid_to_mla(rows: Iterable[dict[str, Any]]) -> list[Ratio]:
     ratios = []
     for (length, budget), seeds in sorted(cells.items()):
         pairs = [sides for _, sides in sorted(seeds.items()) if {"hybrid", "mla"} <= sides.keys()]
-        for quantity in _COMPARED:
+        for quantity in COMPARED:
             values = [(sides["hybrid"][quantity], sides["mla"][quantity]) for sides in pairs]
             both = np.array([pair for pair in values if None not in pair], dtype=float)
             if len(both) and both[:, 1].any():
@@ -158,7 +158,7 @@ def ratio_table(ratios: Sequence[Ratio]) -> Table:
         by_cell[ratio.required_length, ratio.budget][ratio.quantity] = ratio
     for (length, budget), found in by_cell.items():
         texts = []
-        for quantity in _COMPARED:
+        for quantity in COMPARED:
             r = found.get(quantity)
             interval = "" if r is None or r.low is None else f" [{r.low:.2f}, {r.high:.2f}]"
             texts.append("–" if r is None else f"{r.ratio:.2f}{interval}")

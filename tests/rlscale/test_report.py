@@ -232,12 +232,13 @@ def test_the_live_page_draws_itself_again_when_a_run_goes_on(
             write_run(tmp_path / "sweep" / "late", "hybrid", 64, 0, steps=20)
             expect(tab.locator("#count")).to_have_text("2 of 3 runs", timeout=SLOW_MS)
 
-            connection = http.client.HTTPConnection("127.0.0.1", int(port))
-            connection.request("GET", "/data", headers={"Host": "elsewhere.example"})
-            assert connection.getresponse().status == 403
-            connection = http.client.HTTPConnection("127.0.0.1", int(port))
-            connection.request("GET", "/etc/passwd")
-            assert connection.getresponse().status == 404
+            def status(path: str, host: str) -> int:
+                connection = http.client.HTTPConnection("127.0.0.1", int(port))
+                connection.request("GET", path, headers={"Host": host})
+                return connection.getresponse().status
+
+            assert status("/data", "elsewhere.example") == 403
+            assert status("/etc/passwd", "localhost") == 404
             with pytest.raises(UserError, match=rf"port {port} cannot be served .*: choose another --port"):
                 live.live_server([tmp_path / "sweep"], int(port))
         finally:

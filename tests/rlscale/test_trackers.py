@@ -95,6 +95,19 @@ def test_a_service_that_fails_is_left_out_and_the_run_goes_on(
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_service_that_does_not_let_a_run_begin_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, hosted: tuple[str, list[HostedRun]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> HostedRun:
+        raise RuntimeError("no login\nfound")
+
+    name, _ = hosted
+    monkeypatch.setattr(sys.modules[name], "init", init)
+    with pytest.raises(UserError, match=rf"{name} cannot start \(no login found\): set it up, or remove it"):
+        RunFolder.create(tmp_path / "run", config(name))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
