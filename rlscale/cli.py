@@ -463,14 +463,18 @@ def draw(folders: list[Path], output: Path, summary: Path) -> None:
         summary_table,
         write_summary,
     )
+    from rlscale.scaling.verdict import unrecorded
 
     figures = plot_runs(folders, output)
-    rows = summarise(find_runs(folders))
+    runs = find_runs(folders)
+    rows = summarise(runs)
     write_summary(rows, summary)
     console = Console()
     console.print(summary_table(rows))
     if ratios := hybrid_to_mla(rows):
         console.print(ratio_table(ratios))
+    for missing in unrecorded(runs):
+        console.print(missing, highlight=False)
     console.print(f"{len(figures)} figures in {output}, the table in {summary}", highlight=False)
 
 

@@ -61,6 +61,17 @@ def judge(
     return Verdict(_headline(ratios, crossings), findings, _missing(runs, curves))
 
 
+def unrecorded(runs: Sequence[RunRecord]) -> list[str]:
+    """Metrics that figures would draw and that some of the runs that have trained did not record."""
+    texts = []
+    trained = [run for run in runs if run.metrics]
+    for name, label in EXPECTED_METRICS.items():
+        without = sum(all(m.get(name) is None for m in run.metrics) for run in trained)
+        if without:
+            texts.append(f"{label}: not recorded by {without} of {len(trained)} runs")
+    return texts
+
+
 def _headline(ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> str:
     if not ratios:
         return "No verdict: no length has a finished run of both architectures with the same seed."
@@ -175,12 +186,7 @@ def _about_seeds(runs: Sequence[RunRecord]) -> str:
 
 
 def _missing(runs: Sequence[RunRecord], curves: Sequence[FittedCurve]) -> list[str]:
-    texts = []
-    trained = [run for run in runs if run.metrics]
-    for name, label in EXPECTED_METRICS.items():
-        without = sum(all(m.get(name) is None for m in run.metrics) for run in trained)
-        if without:
-            texts.append(f"{label}: not recorded by {without} of {len(trained)} runs")
+    texts = unrecorded(runs)
     for state in ("running", "failed"):
         count = sum(run.state == state for run in runs)
         if count:

@@ -17,9 +17,10 @@ from synthetic_runs import write_run, write_sweep
 
 from rlscale.config import RunConfig, parse_config
 from rlscale.errors import UserError
-from rlscale.runs import RunFolder
+from rlscale.runs import RunFolder, find_runs
 from rlscale.scaling import live
 from rlscale.scaling.report import page, report_data, write_report
+from rlscale.scaling.verdict import unrecorded
 
 SLOW_MS = 60_000  # a browser on a busy machine
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -269,6 +270,17 @@ def test_one_pair_of_seeds_decides_no_pass_rate_and_one_architecture_has_no_verd
     alone = report_data([tmp_path / "alone"])
     assert alone["verdict"]["headline"].startswith("No verdict: ")
     assert alone["pair"] == ["0", "0"]
+
+
+def test_metrics_that_a_run_did_not_record_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "all", "hybrid", 32, 0, steps=1)
+    with RunFolder.create(tmp_path / "some", RunConfig()) as run:
+        run.log_metrics(1, {"entropy": 0.5, "mismatch_mean": None})
+    RunFolder.create(tmp_path / "begun", RunConfig()).close()
+    assert unrecorded(find_runs([tmp_path])) == [
+        f"{name}: not recorded by 1 of 2 runs"
+        for name in ("rollout/learner mismatch", "staleness", "FLOPs", "truncation")
+    ]
 
 
 def test_a_run_that_has_only_begun_is_in_the_table_and_in_no_figure(tmp_path: Path) -> None:
