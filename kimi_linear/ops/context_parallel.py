@@ -150,7 +150,7 @@ def context_parallel_kda(
 
     Tensors are those of `chunk_kda` with B = 1 and T this rank's tokens. On a GPU, K + V must be at most the
     kernels' largest head size. Gradients of A_log and dt_bias are this rank's part of the sum. The backward
-    pass runs once, on all ranks.
+    pass runs once for a forward pass, on all ranks.
 
     Returns:
         o [1, T, HV, V].
@@ -196,7 +196,7 @@ class ContextParallelKDA(torch.autograd.Function):
                 None if x is None else x.detach().requires_grad_(needed)
                 for x, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True)
             ]
-            incoming.requires_grad_(share.before > 0)
+            incoming.requires_grad_(share.before > 0 and any(ctx.needs_input_grad))
             o, states = run(leaves, share.cu_seqlens, incoming, options)
         ctx.share, ctx.group = share, group
         ctx.local = leaves, incoming, o, states
@@ -258,8 +258,10 @@ def run(
 
 
 def local_transition(share: RankShare, options: dict[str, Any], tensors: Any) -> torch.Tensor:
-    """[N | M] of the state that leaves this rank, [HV, K, V + K]: zeros if none does, M zeros if no state
-    that comes in leaves again."""
+    """[N | M] of the state that leaves this rank, [HV, K, V + K].
+
+    Zeros if none leaves, and M zeros if none that came in does.
+    """
     q, k, v, g, beta, a_log, dt_bias = tensors
     heads, value_dim, key_dim = v.shape[2], v.shape[3], q.shape[3]
     state = v.new_zeros(1, heads, key_dim, value_dim + key_dim, dtype=state_dtype(q.dtype))

@@ -29,7 +29,7 @@ def short_convolution(
         initial_state: [N, W - 1, C], the inputs before each sequence, oldest first; zeros if None.
 
     Returns:
-        y [T, C], contiguous.
+        y [T, C] in x's dtype, contiguous.
 
     Raises:
         ValueError: a shape that does not fit the others.
@@ -48,7 +48,7 @@ def short_convolution(
         from kimi_linear.ops.triton.conv import short_convolution as kernel
 
         return kernel(x, weight, cu_seqlens, initial_state)
-    return ShortConvolution.apply(x, weight, cu_seqlens, initial_state)
+    return ShortConvolution.apply(x, weight.to(x.dtype), cu_seqlens, initial_state)
 
 
 class ShortConvolution(torch.autograd.Function):

@@ -55,7 +55,9 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
     assert error < tolerance, f"{what}: {error:.1e}"
 
 
-def check_case(lengths: list[int], tokens: list[int], dtype: torch.dtype, group: dist.ProcessGroup) -> None:
+def check_case(
+    lengths: list[int], tokens: list[int], dtype: torch.dtype, group: dist.ProcessGroup | None
+) -> None:
     rank = dist.get_rank(group)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     share = split_sequences(cu_seqlens, tokens, rank)
@@ -100,13 +102,11 @@ def run_rank(rank: int, ranks: int, rendezvous: str, seed: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
     pair = dist.new_group([0, 1])
-    everyone = dist.group.WORLD
-    assert everyone is not None
     for name, (lengths, tokens) in CASES.items():
         for dtype in (torch.float64, torch.float32):
             torch.manual_seed(seed)
             try:
-                check_case(lengths, tokens, dtype, everyone)
+                check_case(lengths, tokens, dtype, None)
                 if rank < 2 and dtype == torch.float64:
                     check_case(lengths, [tokens[0], sum(tokens[1:])], dtype, pair)
             except AssertionError as error:

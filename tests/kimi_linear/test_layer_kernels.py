@@ -1,4 +1,4 @@
-"""The Triton kernels of the short convolution and the gated norm against float64 under Triton's interpreter.
+"""The Triton kernels of convolution, norm and decode step against float64 under the interpreter.
 
 Triton decides when it is imported whether it interprets, so these tests run in a process of their own.
 """
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_linear.ops import gated_rms_norm, short_convolution
+from kimi_linear.ops import gated_rms_norm, kda_decode_step, short_convolution
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
-    from kimi_linear.ops.triton import conv, norm
+    from kimi_linear.ops.triton import conv, decode, norm
 
     def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:
         return float((x.double() - expected).norm() / expected.norm().clamp(min=1e-12))
@@ -144,3 +144,44 @@ else:
         (grad,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(y, torch.zeros_like(y))
         assert grad.isfinite().all()
+
+    @settings(max_examples=4, deadline=None)
+    @given(
+        sequences=st.integers(1, 2),
+        heads=st.integers(1, 2),
+        key_dim=st.integers(16, 40),
+        value_dim=st.integers(16, 40),
+        width=st.integers(2, 5),
+        state_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        seed=st.integers(0, 2**31),
+    )
+    def test_decode_step_of_any_size_is_the_float64_step(
+        sequences: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        width: int,
+        state_dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        torch.manual_seed(seed)
+        channels, slots = heads * (2 * key_dim + value_dim), torch.randperm(4)[:sequences]
+        tensors = {
+            "qkv": torch.randn(sequences, channels),
+            "conv_weight": torch.randn(channels, width),
+            "conv_state": torch.randn(4, width - 1, channels),
+            "g": torch.randn(sequences, heads, key_dim),
+            "beta": torch.randn(sequences, heads),
+            "A_log": torch.randn(heads),
+            "dt_bias": torch.randn(heads * key_dim),
+            "state": torch.randn(4, heads, key_dim, value_dim).to(state_dtype),
+            "output_gate": torch.randn(sequences, heads, value_dim),
+            "norm_weight": torch.randn(value_dim),
+        }
+        exact = {name: x.double() for name, x in tensors.items()}
+        o = decode.kda_decode_step(**tensors, slots=slots)
+        expected = kda_decode_step(**exact, slots=slots)
+        assert relative_error(o, expected) < 1e-5
+        assert torch.equal(tensors["conv_state"].double(), exact["conv_state"])
+        tolerance = 1e-6 if state_dtype == torch.float32 else 0.003
+        assert relative_error(tensors["state"], exact["state"]) < tolerance

@@ -66,6 +66,13 @@ def test_gradcheck_passes_for_inputs_weights_and_state() -> None:
     assert torch.autograd.gradcheck(lambda *t: short_convolution(t[0], t[1], cu_seqlens), (x, weight))
 
 
+def test_result_has_the_inputs_dtype_whatever_the_filters() -> None:
+    x, weight = torch.randn(9, 2).bfloat16(), torch.randn(2, 4)
+    y = short_convolution(x, weight, torch.tensor([0, 5, 9]))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, short_convolution(x, weight.bfloat16(), torch.tensor([0, 5, 9])))
+
+
 def test_no_gradient_crosses_a_boundary() -> None:
     x = torch.randn(9, 2, requires_grad=True)
     short_convolution(x, torch.randn(2, 4), torch.tensor([0, 5, 9]))[5:].sum().backward()

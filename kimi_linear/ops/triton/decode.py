@@ -167,8 +167,12 @@ def kda_decode_step(
         A_log: HV values; dt_bias: HV * K values or None.
         state: [slots, HV, K, V], float32 or bfloat16.
         slots: [N] int, each sequence's row of both caches, distinct; a negative one is padding, whose output
-        is 0. output_gate: [N, HV, V], logits. norm_weight: [V]. scale: factor of the output, K ** -0.5 if
-        None. eps: of the RMSNorm. lower_bound: chooses the bounded gate.
+            is 0.
+        output_gate: [N, HV, V], logits.
+        norm_weight: [V].
+        scale: factor of the output, K ** -0.5 if None.
+        eps: of the RMSNorm.
+        lower_bound: chooses the bounded gate.
 
     Returns:
         [N, HV, V] in qkv's dtype.
