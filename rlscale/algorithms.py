@@ -27,7 +27,8 @@ class NoCorrection(Section):
 class Correction(Section):
     """The ratio is taken to the learner's own policy at the start of the step; the ratio of that policy to
     the one that drew the tokens becomes a weight on the loss, kept within bounds. Costs a forward pass over
-    all but the first of a step's updates: nothing with `learner.updates_per_step: 1`."""
+    all but the first of a step's updates: nothing with `learner.updates_per_step: 1`, where the ratio is 1
+    and no clip acts."""
 
     kind: Literal["truncate", "mask"] = "truncate"
     """A weight beyond the bounds is set to the bound (truncated importance sampling), or to 0 (masked: on

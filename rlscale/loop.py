@@ -114,7 +114,7 @@ def train(
                 experience = source.next_batch()
                 watch.lap("batch_wait_s")
                 assign_advantages(experience.rollouts, config.algorithm)
-                batch = Batch(experience.rollouts, config.rollout.temperature, list(imitated(step)))
+                batch = Batch(experience.rollouts, config.rollout.temperature, imitated(step))
                 trained = learner.train_step(batch.rollouts, batch.temperature, batch.examples)
                 watch.lap("learner_s")
                 metrics = staleness_metrics(experience.rollouts, synced.version)

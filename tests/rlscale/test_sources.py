@@ -18,7 +18,7 @@ from rlscale.errors import UserError
 from rlscale.experience import Experience, Prompt, ScoredGroup
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.selection import Selection
-from rlscale.sources import ExperienceSource, experience_source
+from rlscale.sources import ExperienceSource, Scores, experience_source
 from rlscale.staleness import staleness_metrics
 from rlscale.types import Completion, Problem, Rollout, Sampling
 from rlscale.weights.base import SyncReport
@@ -66,13 +66,21 @@ class Lengths:
         return ScoredGroup(prompt, rollouts, ["x"] * len(completions), [True] * len(completions))
 
 
-def start(mode: ModeConfig, seed: int, first_version: int = 0) -> tuple[ExperienceSource, Policies]:
+def start(
+    mode: ModeConfig,
+    seed: int,
+    first_version: int = 0,
+    scores: Scores | None = None,
+    selected: SelectionConfig | None = None,
+) -> tuple[ExperienceSource, Policies]:
     in_flight = mode.in_flight if isinstance(mode, AsynchronousConfig) else "refuse"
     pool = LocalPool(ReferenceEngine(CONFIG, torch.float32, CONTEXT, PLACES, in_flight))
     policies = Policies(pool, seed, first_version)
     sampling = Sampling(BUDGET, SAMPLES, seed=seed)
-    selection = Selection(SelectionConfig(), PROMPTS)
-    source = experience_source(mode, pool, policies, Prompts(), Lengths(), selection, PROMPTS, sampling)
+    selection = Selection(selected or SelectionConfig(), PROMPTS)
+    source = experience_source(
+        mode, pool, policies, Prompts(), scores or Lengths(), selection, PROMPTS, sampling
+    )
     return source, policies
 
 
@@ -221,12 +229,7 @@ class Coin:
 
 @pytest.mark.parametrize("mode", [SynchronousConfig(), OneStepOffConfig(), AsynchronousConfig()])
 def test_groups_that_teach_nothing_are_replaced_and_counted_in_every_mode(mode: ModeConfig) -> None:
-    in_flight = mode.in_flight if isinstance(mode, AsynchronousConfig) else "refuse"
-    pool = LocalPool(ReferenceEngine(CONFIG, torch.float32, CONTEXT, PLACES, in_flight))
-    policies = Policies(pool, fresh_seed(), 0)
-    selection = Selection(SelectionConfig(equal_rewards="redraw"), PROMPTS)
-    sampling = Sampling(BUDGET, SAMPLES, seed=5)
-    source = experience_source(mode, pool, policies, Prompts(), Coin(), selection, PROMPTS, sampling)
+    source, _ = start(mode, fresh_seed(), scores=Coin(), selected=SelectionConfig(equal_rewards="redraw"))
     source.sync_weights()
     filtered = 0
     for _ in range(4):
@@ -253,12 +256,8 @@ def test_a_search_without_end_is_ended_in_every_mode(mode: ModeConfig, rule: str
             rollouts = [Rollout(prompt.prompt_ids, c, 0.0, prompt.place) for c in completions]
             return ScoredGroup(prompt, rollouts, ["x"] * len(rollouts), [False] * len(rollouts))
 
-    in_flight = mode.in_flight if isinstance(mode, AsynchronousConfig) else "refuse"
-    pool = LocalPool(ReferenceEngine(CONFIG, torch.float32, CONTEXT, PLACES, in_flight))
-    policies = Policies(pool, fresh_seed(), 0)
-    selection = Selection(SelectionConfig(equal_rewards=rule, max_draws=2), PROMPTS)  # type: ignore[arg-type]
-    sampling = Sampling(BUDGET, SAMPLES, seed=5)
-    source = experience_source(mode, pool, policies, Prompts(), Hopeless(), selection, PROMPTS, sampling)
+    selected = SelectionConfig(equal_rewards=rule, max_draws=2)  # type: ignore[arg-type]
+    source, _ = start(mode, fresh_seed(), scores=Hopeless(), selected=selected)
     source.sync_weights()
     with pytest.raises(UserError, match=rf"of {2 * PROMPTS} prompts only 0"):
         source.next_batch()
