@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from rlscale.algorithms import Correction, GRPOConfig, NoCorrection, SelectionConfig
 from rlscale.config import RunConfig, SweepConfig, load_config, parse_config
 from rlscale.errors import UserError
-from rlscale.sections import describe_settings, sections
+from rlscale.sections import Section, describe_settings, sections
 
 
 def load(tmp_path: Path, kind: Any, text: str, *overrides: str) -> Any:
@@ -259,3 +260,24 @@ def test_the_list_of_settings_shows_a_members_own_defaults() -> None:
     assert defaults_of("scalerl", "algorithm.selection.retire_pass_rate") == {"0.9"}
     assert defaults_of("grpo", "algorithm.importance.kind=truncate|mask") == {"truncate"}
     assert defaults_of("cispo", "algorithm.importance.kind=none") == {"none"}
+
+
+class Plain(Section):
+    kind: Literal["plain"] = "plain"
+
+
+class Fancy(Section):
+    kind: Literal["fancy"] = "fancy"
+    first: int = 1
+    second: int = 2
+
+
+class Holder(Section):
+    part: Annotated[Plain | Fancy, Field(discriminator="kind")] = Fancy(first=7)
+
+
+def test_a_member_of_another_kind_takes_nothing_from_the_default() -> None:
+    assert Holder.model_validate({"part": {"second": 3}}).part == Fancy(first=7, second=3)
+    assert Holder.model_validate({"part": {"kind": "fancy"}}).part == Fancy(first=7)
+    assert Holder.model_validate({"part": {"kind": "plain"}}).part == Plain()
+    assert Holder.model_validate({"part": None}).part == Fancy(first=7)

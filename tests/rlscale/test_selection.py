@@ -31,6 +31,12 @@ def test_the_overlong_penalty_equals_values_computed_by_hand(tokens: int, penalt
     assert overlong_penalty(tokens, budget=100, buffer=0.2, required_length=20) == pytest.approx(penalty)
 
 
+def test_the_overlong_penalty_begins_after_the_right_answer_and_its_end_of_sequence() -> None:
+    assert overlong_penalty(91, budget=100, buffer=0.2, required_length=90) == 0
+    assert overlong_penalty(94, budget=100, buffer=0.2, required_length=90) == pytest.approx(1 / 3)
+    assert overlong_penalty(100, budget=100, buffer=0.2, required_length=99) == 0
+
+
 @given(
     budget=st.integers(1, 500),
     buffer=st.floats(0, 0.99),
