@@ -55,8 +55,7 @@ def fine_tune(
 
     Raises:
         UserError: the config asks for the impossible, the folder is taken, an example is longer than the
-        model's
-            context, the loss is not finite, or the disk is full.
+            model's context, the loss is not finite, or the disk is full.
     """
     _refuse_taken(folder, overwrite)
     if config.device == "cuda" and not torch.cuda.is_available():
