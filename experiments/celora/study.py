@@ -1,6 +1,7 @@
 """Does CE-LoRA learn what LoRA learns? Quality on a supervised and an RL task, and convergence.
 
     python experiments/celora/study.py quality [--workers 8]   results/quality.json
+    python experiments/celora/study.py variance                results/variance.json
     python experiments/celora/study.py convergence             results/convergence.json
 
 Runs in processes of one thread, without Ray; see README.md beside it for what was found.
@@ -26,7 +27,7 @@ from torch import nn
 
 from kimi_linear.config import preset
 from kimi_linear.model import KimiLinearForCausalLM
-from rlscale.adapters.celora import CELoraConfig, celora_layers, count_steps
+from rlscale.adapters.celora import CELoraConfig, celora_layers, count_steps, optimizer_stepped
 from rlscale.adapters.defaults import PAPER_KEEP_RATIOS, TARGET_MODULES
 from rlscale.algorithms import GRPOConfig
 from rlscale.config import CELoraAdapterConfig, LearnerConfig, LoraAdapterConfig
@@ -238,6 +239,56 @@ def quality(workers: int, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]
             yield future.result()
 
 
+def variance(_workers: int, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Squared error of one layer's input gradient over the exact one's square, for both ways to choose."""
+    have = {(record["keep"], record["selection"]) for record in done}
+    with TemporaryDirectory() as folder:
+        train_base(SEEDS[0], f"{folder}/base.pt")
+        base = base_model(f"{folder}/base.pt")
+    for keep in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+        for selection in ("top", "sampled"):
+            if (keep, selection) in have:
+                continue
+            options = everywhere(keep, selection=selection)
+            shared = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGET_MODULES)}
+            model = get_peft_model(base, CELoraConfig(**shared, **options))
+            errors = input_gradient_errors(model, draws=1 if selection == "top" else 200)
+            base = model.unload()
+            yield {"keep": keep, "selection": selection, "relative_squared_error": errors}
+
+
+def input_gradient_errors(model: nn.Module, draws: int) -> dict[str, float]:
+    """By kind of layer, the mean over layers and draws; channels are chosen by another batch's gradient."""
+    data = Solutions("train", 300 << 32)
+    gradients: dict[nn.Module, torch.Tensor] = {}
+    hooks = [
+        layer.register_full_backward_hook(
+            lambda m, _, outputs: gradients.update({m: outputs[0].flatten(0, -2)})
+        )
+        for layer, *_ in celora_layers(model)
+    ]
+    for _ in range(2):
+        ids, labels = data.batch(64)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer_stepped(model)
+    for hook in hooks:
+        hook.remove()
+    generator = torch.Generator().manual_seed(0)
+    errors = defaultdict(list)
+    for layer, approximation, _ in celora_layers(model):
+        if approximation.channels is None:
+            continue
+        weight = layer.get_base_layer().weight.detach()
+        exact = gradients[layer] @ weight
+        for _ in range(draws):
+            if approximation.probabilities is not None:
+                approximation.sample(generator)
+            found, _ = approximation.input_gradient(gradients[layer], weight, None, None)
+            error = (found - exact).square().sum() / exact.square().sum()
+            errors[layer.module_name.rpartition(".")[2]].append(error.item())
+    return {name: fmean(values) for name, values in errors.items()}
+
+
 # Least squares: y = W2 (W1 + B A) x, B trained, everything else fixed, targets from a B of another draw. The
 # loss is quadratic in B, so its smoothness L and its start above the minimum are known, and SGD with the
 # constant rate min(1/L, sqrt(2 gap / (L variance T))) has a mean squared gradient of O(1/sqrt(T)).
@@ -329,19 +380,25 @@ def convergence(workers: int, done: list[dict[str, Any]]) -> Iterator[dict[str, 
             yield {"method": method, "steps": steps, "seed": seed, "mean_squared_gradient": value}
 
 
+STUDIES: dict[str, Callable[[int, list[dict[str, Any]]], Iterator[dict[str, Any]]]] = {
+    "quality": quality,
+    "variance": variance,
+    "convergence": convergence,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", choices=["quality", "convergence"])
+    parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder; what it holds is not run again")
     arguments = parser.parse_args()
     path = arguments.output / f"{arguments.study}.json"
     found = json.loads(path.read_text()) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    study = quality if arguments.study == "quality" else convergence
-    for record in study(arguments.workers, list(found)):
+    for record in STUDIES[arguments.study](arguments.workers, list(found)):
         found.append(record)
         path.write_text("[\n" + ",\n".join(json.dumps(r) for r in found) + "\n]\n")
         print(json.dumps(record)[:300], flush=True)
