@@ -345,6 +345,10 @@ class _Pool:
     def places(self) -> int:
         return self.engines.workers * self.engines.max_num_seqs
 
+    def free_places(self) -> int:
+        queued = sum(len(group.drafts) for group in self._queue)
+        return max(0, self.places - queued - sum(engine.load for engine in self._engines))
+
     def clock(self) -> float:
         return self._clock.now
 

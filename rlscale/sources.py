@@ -50,6 +50,8 @@ class Rollouts(Protocol):
     @property
     def places(self) -> int: ...
 
+    def free_places(self) -> int: ...
+
     def clock(self) -> float: ...
 
     def usage(self) -> Usage: ...
@@ -330,6 +332,7 @@ class AsynchronousSource(ExperienceSource):
             elif self._selection.takes(group):
                 self._waiting[place] = group
                 self._manager.accept()
+                self._refill()
             else:
                 self._manager.filter_running()
                 self._selection.check()
@@ -337,8 +340,10 @@ class AsynchronousSource(ExperienceSource):
 
     def _refill(self) -> None:
         """Submits what admission allows."""
+        # A group in reserve for each worker, so that a place that falls free is taken at once.
+        engines_take = self._rollouts.free_places() // self._sampling.samples + self._rollouts.workers
         prompts, self._place = self._selection.next_prompts(
-            self._prompts.at, self._place, self._manager.capacity
+            self._prompts.at, self._place, self._manager.capacity(engines_take)
         )
         self._running |= {prompt.place: prompt for prompt in prompts}
         self._manager.submit(len(prompts))

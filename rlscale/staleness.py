@@ -15,7 +15,7 @@ from typing import Any
 from rlscale.types import Rollout
 
 READY_BATCHES = 2
-"""Batches that may stand ready before engines rest: one to hand out, one in reserve. Engines faster than the
+"""While a batch stands ready, groups are admitted up to so many batches in all. Engines faster than the
 learner would otherwise fill all that `max_staleness` allows, and every batch would be as old as it may be."""
 
 
@@ -25,8 +25,9 @@ class StalenessManager:
 
     A group that is admitted as the p-th of those not yet trained on (counted from 0) waits for p // n batches
     of n groups before its own. It is admitted if that leaves its first token at most `max_staleness` updates
-    behind; then only a group that others overtake can grow too old (AReaL, arXiv:2505.24298, eq. 3). None is
-    admitted while `READY_BATCHES` batches stand ready.
+    behind; then only a group that others overtake can grow too old (AReaL, arXiv:2505.24298, eq. 3). Nor are
+    more admitted than keep engines and learner busy: while no batch stands ready, as many as engines can
+    take; else up to `READY_BATCHES`.
 
     After every verb: submitted == accepted + filtered + running.
 
@@ -48,13 +49,13 @@ class StalenessManager:
     trained: int = 0
     updates_pending: int = 0
 
-    @property
-    def capacity(self) -> int:
-        """Groups that may be submitted now."""
-        if self.waiting >= READY_BATCHES * self.groups_per_step:
-            return 0
-        batches = self.max_staleness + 1 - self.updates_pending
-        return max(0, batches * self.groups_per_step - self.waiting - self.running)
+    def capacity(self, engines_take: int) -> int:
+        """Groups that may be submitted now, where engines could take so many."""
+        in_time = (self.max_staleness + 1 - self.updates_pending) * self.groups_per_step
+        useful = READY_BATCHES * self.groups_per_step
+        if self.waiting < self.groups_per_step:
+            useful = max(useful, self.waiting + self.running + engines_take)
+        return max(0, min(in_time, useful) - self.waiting - self.running)
 
     @property
     def waiting(self) -> int:

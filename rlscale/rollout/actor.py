@@ -79,11 +79,13 @@ class SliceReport:
         busy_s: seconds spent in engine steps.
         completion_s: the same, each step times the completions in the making: busy_s of a full engine is
             completion_s divided by its places.
+        unfinished: completions that are left to it.
     """
 
     finished: list[FinishedGroup] = field(default_factory=list)
     busy_s: float = 0.0
     completion_s: float = 0.0
+    unfinished: int = 0
 
 
 class RolloutWorker:
@@ -119,6 +121,7 @@ class RolloutWorker:
             before, now = now, time.perf_counter()
             report.busy_s += now - before
             report.completion_s += (now - before) * min(unfinished, self._spec.config.max_num_seqs)
+        report.unfinished = engine.unfinished
         return report
 
     def load_weights(self, manifest: WeightManifest) -> int:

@@ -75,6 +75,7 @@ class _Seat:
         version: of the weights that it holds; None before the first.
         lost: found dead by another thread than its own.
         inbox, given: requests not yet sent to the worker, and those it works on.
+        unfinished: completions of `given`, as far as the worker said at its last slice.
         aborted: keys that it is to forget.
         deaths: in a row, without a finished group between them.
     """
@@ -89,6 +90,7 @@ class _Seat:
     lost: bool = False
     inbox: list[_Ticket] = field(default_factory=list)
     given: dict[int, _Ticket] = field(default_factory=dict)
+    unfinished: int = 0
     aborted: list[int] = field(default_factory=list)
     deaths: int = 0
 
@@ -99,7 +101,7 @@ class _Seat:
     @property
     def load(self) -> int:
         """Completions that it has or is about to get."""
-        return sum(t.request.sampling.samples for t in itertools.chain(self.inbox, self.given.values()))
+        return self.unfinished + _samples(self.inbox)
 
 
 class RolloutPool:
@@ -144,6 +146,13 @@ class RolloutPool:
     def places(self) -> int:
         """Completions that all workers together can have in the making."""
         return self.workers * self._spec.config.max_num_seqs
+
+    def free_places(self) -> int:
+        """Places for completions that are not taken nor waited for, of the workers that are up."""
+        with self._changed:
+            up = [seat for seat in self._seats if seat.takes_work]
+            load = sum(seat.load for seat in up) + _samples(self._queue)
+            return max(0, len(up) * self._spec.config.max_num_seqs - load)
 
     def actors(self) -> list[Any]:
         """The Ray actors as they are now, one per worker."""
@@ -370,6 +379,7 @@ class RolloutPool:
             for ticket in tickets:
                 ticket.oldest_version = seat.version
                 seat.given[ticket.request.key] = ticket
+            seat.unfinished += _samples(tickets)
         requests = [ticket.request for ticket in tickets]
         report: SliceReport = result(seat.actor.advance.remote(requests, aborted, SLICE_S))
         with self._changed:
@@ -380,6 +390,7 @@ class RolloutPool:
                     ticket.deliver(group.completions)
                     tokens += sum(len(completion.token_ids) for completion in group.completions)
                     seat.deaths = 0
+            seat.unfinished = report.unfinished
             self._usage = Usage(
                 self._usage.busy_s + report.busy_s,
                 self._usage.completion_s + report.completion_s,
@@ -400,7 +411,7 @@ class RolloutPool:
                 ticket.oldest_version = None
             self._queue.extendleft(reversed(orphans))
             seat.is_up, seat.lost, seat.tried, seat.version = False, False, None, None
-            seat.inbox, seat.given, seat.aborted = [], {}, []
+            seat.inbox, seat.given, seat.aborted, seat.unfinished = [], {}, [], 0
             seat.deaths += 1
             self._usage = replace(self._usage, deaths=self._usage.deaths + 1)
             if seat.deaths > self._spec.config.max_restarts:
@@ -546,6 +557,10 @@ class GroupStream:
                     self._progress.notify_all()
         except BaseException as error:
             self.fail(error)
+
+
+def _samples(tickets: Iterable[_Ticket]) -> int:
+    return sum(ticket.request.sampling.samples for ticket in tickets)
 
 
 def even_slices(items: int, parts: int) -> list[tuple[int, int]]:

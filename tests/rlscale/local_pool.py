@@ -23,6 +23,9 @@ class LocalPool:
         self._deliver: dict[int, Callable[[list[Completion]], None]] = {}
         self._usage = Usage()
 
+    def free_places(self) -> int:
+        return max(0, self.places - self.engine.unfinished)
+
     def clock(self) -> float:
         return time.perf_counter()
 

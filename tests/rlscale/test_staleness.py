@@ -12,10 +12,22 @@ class Accounting(RuleBasedStateMachine):
     def start(self, groups: int, bound: int) -> None:
         self.manager = StalenessManager(groups, bound)
 
-    @precondition(lambda self: self.manager.capacity > 0)
-    @rule(data=st.data())
-    def submit(self, data: st.DataObject) -> None:
-        self.manager.submit(data.draw(st.integers(1, self.manager.capacity)))
+    @rule(data=st.data(), engines_take=st.integers(0, 30))
+    def submit(self, data: st.DataObject, engines_take: int) -> None:
+        m = self.manager
+        capacity = m.capacity(engines_take)
+        # The last one admitted is trained on in time, if none overtakes it.
+        if capacity:
+            batches_before_its_own = (m.waiting + m.running + capacity - 1) // m.groups_per_step
+            assert batches_before_its_own + m.updates_pending <= m.max_staleness
+        # Engines rest while enough is ready, and else have what they can take.
+        if m.waiting >= READY_BATCHES * m.groups_per_step:
+            assert capacity == 0
+        elif m.waiting < m.groups_per_step and not m.updates_pending:
+            in_time = (m.max_staleness + 1) * m.groups_per_step - m.waiting - m.running
+            assert capacity >= min(in_time, engines_take)
+            assert m.waiting + m.running + capacity >= m.groups_per_step  # so that a batch comes about
+        m.submit(data.draw(st.integers(0, capacity)))
 
     @precondition(lambda self: self.manager.running > 0)
     @rule()
@@ -54,26 +66,6 @@ class Accounting(RuleBasedStateMachine):
         if hasattr(self, "manager"):
             m = self.manager
             assert m.submitted == m.accepted + m.filtered + m.running
-
-    @invariant()
-    def the_last_admitted_group_is_trained_on_in_time_if_none_overtakes_it(self) -> None:
-        if hasattr(self, "manager"):
-            m = self.manager
-            ahead = m.waiting + m.running + m.capacity - 1
-            batches_before_its_own = ahead // m.groups_per_step + m.updates_pending
-            if m.capacity:
-                assert batches_before_its_own <= m.max_staleness
-
-    @invariant()
-    def a_batch_can_always_be_filled(self) -> None:
-        if hasattr(self, "manager") and not self.manager.updates_pending:
-            m = self.manager
-            assert m.waiting + m.running + m.capacity >= m.groups_per_step
-
-    @invariant()
-    def engines_rest_while_enough_is_ready(self) -> None:
-        if hasattr(self, "manager") and self.manager.waiting >= READY_BATCHES * self.manager.groups_per_step:
-            assert self.manager.capacity == 0
 
 
 TestAccounting = Accounting.TestCase
