@@ -46,7 +46,7 @@ def write_curve(
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
     folder = tmp_path_factory.mktemp("curves")
-    shapes = {("hybrid", 16): (0.9, 30_000), ("mla", 16): (0.7, 45_000)}
+    shapes = {("hybrid", 16): (0.9, 30_000), ("mla", 16): (0.7, 35_000)}
     return [
         write_curve(folder / f"{architecture}{seed}", architecture, seed, *shape, length=length)
         for (architecture, length), shape in shapes.items()
@@ -70,11 +70,11 @@ def test_costs_count_up_to_each_evaluation_on_every_axis(runs: list[RunRecord], 
 def test_a_cells_seeds_are_fitted_together_on_any_axis(runs: list[RunRecord], axis: str) -> None:
     unit = {"generated_tokens": 1.0, "flops": FLOPS_A_STEP / TOKENS_A_STEP}[axis]
     hybrid, mla = fit_cells(by_cell(runs), axis)
-    for found, a, mid in ((hybrid, 0.9, 30_000), (mla, 0.7, 45_000)):
+    for found, a, mid in ((hybrid, 0.9, 30_000), (mla, 0.7, 35_000)):
         assert found.fit is not None
         assert found.refusal == ""
-        assert found.fit.A.value == pytest.approx(a, abs=0.06)
-        assert found.fit.C_mid.value == pytest.approx(mid * unit, rel=0.15)
+        assert found.fit.A.value == pytest.approx(a, abs=0.08)
+        assert found.fit.C_mid.value == pytest.approx(mid * unit, rel=0.2)
         assert found.fit.A.low < found.fit.A.value < found.fit.A.high
         assert len(found.compute) == 3 * 21
     assert hybrid.fit is not None
@@ -110,10 +110,10 @@ def test_the_scaling_figure_shows_fit_extrapolation_and_points_held_out(runs: li
     assert sum(len(line.get_xdata()) for line in points) == 2 * 3 * 21
     dashed = [line for line in panel.lines if line.is_dashed()]
     assert max(line.get_xdata()[-1] for line in dashed) == pytest.approx(1.5 * 100 * TOKENS_A_STEP)
-    if hybrid.check is not None:
-        hollow = [line for line in points if line.get_fillstyle() == "none"]
-        assert min(line.get_xdata().min() for line in hollow if len(line.get_xdata())) > hybrid.check.split
-        assert "held out from the fit" in [t.get_text() for t in figure.legends[0].get_texts()]
+    assert hybrid.check is not None
+    hollow = [line for line in points if line.get_fillstyle() == "none"]
+    assert min(line.get_xdata().min() for line in hollow if len(line.get_xdata())) > hybrid.check.split
+    assert "held out from the fit" in [t.get_text() for t in figure.legends[0].get_texts()]
     assert f"A = {hybrid.fit.A.value:.2f} [{hybrid.fit.A.low:.2f}, {hybrid.fit.A.high:.2f}]" in texts(figure)
 
 
