@@ -76,29 +76,30 @@ class ShortConvolution(torch.autograd.Function):
         rows.index_copy_(0, at + back, x)
         if history is not None:
             rows.index_copy_(0, history_at, history.flatten(0, 1))
-        filtered = rows[: len(rows) - back] * weight[:, 0]
+        taps = weight.t().contiguous()
+        filtered = rows[: len(rows) - back] * taps[0]
         for tap in range(1, back + 1):
-            filtered.addcmul_(rows[tap : len(rows) - back + tap], weight[:, tap])
-        ctx.save_for_backward(rows, weight, filtered, at, history_at)
+            filtered.addcmul_(rows[tap : len(rows) - back + tap], taps[tap])
+        ctx.save_for_backward(rows, taps, filtered, at, history_at)
         return F.silu(filtered.index_select(0, at))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, filtered, at, history_at = ctx.saved_tensors
-        back = weight.shape[1] - 1
+        rows, taps, filtered, at, history_at = ctx.saved_tensors
+        back = len(taps) - 1
         chosen = filtered.index_select(0, at)
         grad_chosen = torch.ops.aten.silu_backward(grads[0], chosen)
         grad_filtered = torch.zeros_like(filtered).index_copy_(0, at, grad_chosen)
         grad_rows = torch.zeros_like(rows)
-        grad_weight = torch.empty_like(weight)
+        grad_taps = torch.empty_like(taps)
         for tap in range(back + 1):
             seen = slice(tap, len(rows) - back + tap)
-            grad_rows[seen].addcmul_(grad_filtered, weight[:, tap])
-            grad_weight[:, tap] = torch.linalg.vecdot(grad_filtered, rows[seen], dim=0)
+            grad_rows[seen].addcmul_(grad_filtered, taps[tap])
+            grad_taps[tap] = torch.linalg.vecdot(grad_filtered, rows[seen], dim=0)
         grad_history = None
         if ctx.needs_input_grad[3]:
             grad_history = grad_rows.index_select(0, history_at).unflatten(0, (-1, back))
-        return grad_rows.index_select(0, at + back), grad_weight, None, grad_history
+        return grad_rows.index_select(0, at + back), grad_taps.t(), None, grad_history
 
 
 def convolution_state(
