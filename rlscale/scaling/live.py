@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rlscale.errors import UserError
-from rlscale.scaling.report import page, report_data
+from rlscale.scaling.report import page, plotly_script, report_data
 
 _HOST = "127.0.0.1"
 _POLL_S = 5
@@ -27,8 +27,9 @@ def live_server(folders: Sequence[Path], port: int) -> ThreadingHTTPServer:
         port: 0 takes a free one; `server.server_address` tells which.
 
     Raises:
-        UserError: the port is taken, or there are no runs.
+        UserError: the port is taken, there are no runs, or Plotly is not installed.
     """
+    plotly_script()
     report = _Report(folders)
     report.current()
 

@@ -37,6 +37,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         UserError: no runs there, runs of different tasks or model shapes, no Plotly, or `out` cannot be
             written.
     """
+    plotly_script()  # before minutes of fits, not after them
     text = page(report_data(folders))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +101,8 @@ def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def page(data: dict[str, Any]) -> str:
-    """The page around its data.
+def plotly_script() -> str:
+    """Plotly's own JavaScript, as its package ships it.
 
     Raises:
         UserError: Plotly is not installed.
@@ -110,6 +111,11 @@ def page(data: dict[str, Any]) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError("the report needs Plotly: pip install plotly") from None
+    return str(get_plotlyjs())
+
+
+def page(data: dict[str, Any]) -> str:
+    """The page around its data; raises as `plotly_script`."""
     parts = resources.files("rlscale.scaling") / "page"
     text = (parts / "report.html").read_text(encoding="utf-8")
     # In a script element only "<" can end it; JSON writes it as an escape just as well.
@@ -117,7 +123,7 @@ def page(data: dict[str, Any]) -> str:
     for mark, part in (
         ("__STYLE__", (parts / "report.css").read_text(encoding="utf-8")),
         ("__SCRIPT__", (parts / "report.js").read_text(encoding="utf-8")),
-        ("__PLOTLY__", get_plotlyjs()),
+        ("__PLOTLY__", plotly_script()),
         ("__DATA__", inlined),
     ):
         before, after = text.split(mark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
@@ -291,6 +292,15 @@ def test_a_run_that_has_only_begun_is_in_the_table_and_in_no_figure(tmp_path: Pa
     assert (run["name"], run["state"], run["pass_rate_end"]) == ("run", "running", None)
     assert run["samples"] == {"first": [], "last": []}
     assert "NaN" not in json.dumps(data, allow_nan=False)
+
+
+def test_without_plotly_a_report_is_refused_before_runs_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    for start in (lambda: write_report([tmp_path], tmp_path / "page.html"), lambda: live.live_server([], 0)):
+        with pytest.raises(UserError, match="the report needs Plotly: pip install plotly"):
+            start()
 
 
 def test_a_report_that_cannot_be_written_says_where_and_why(tmp_path: Path) -> None:
