@@ -30,7 +30,7 @@ class AttachedAdapter:
     Args:
         model: changed in place.
         config: what to attach.
-        seed: of LoRA's A.
+        seed: of LoRA's A and of CE-LoRA's samples.
 
     Raises:
         UserError: no module has such a name, or CE-LoRA cannot serve one of them.
@@ -44,7 +44,7 @@ class AttachedAdapter:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self._peft: PeftModel = get_peft_model(
-                    model, _peft_config(config), autocast_adapter_dtype=False
+                    model, _peft_config(config, seed), autocast_adapter_dtype=False
                 )
         except ValueError as error:
             raise UserError(f"learner.adapter: {' '.join(str(error).split())}") from None
@@ -122,7 +122,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def _peft_config(config: LoraAdapterConfig | CELoraAdapterConfig) -> LoraConfig:
+def _peft_config(config: LoraAdapterConfig | CELoraAdapterConfig, seed: int) -> LoraConfig:
     shared: dict[str, Any] = {
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -139,4 +139,5 @@ def _peft_config(config: LoraAdapterConfig | CELoraAdapterConfig) -> LoraConfig:
         refresh_every=config.refresh_every,
         selection=config.selection,
         adaptive=config.adaptive,
+        seed=seed,
     )

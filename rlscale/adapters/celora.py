@@ -29,11 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rlscale.adapters.approximation import Approximation, approximated_linear
 from rlscale.adapters.defaults import PAPER_KEEP_RATIOS
-from rlscale.adapters.selection import (
-    inclusion_probabilities,
-    share_budget,
-    top_channels,
-)
+from rlscale.adapters.selection import inclusion_probabilities, share_budget, top_channels
 
 # Seven frozen ranks cost the memory of one trainable rank with its gradient and optimizer state, so r becomes
 # 7/8 r trainable and 7/8 r frozen ranks.
@@ -90,10 +86,9 @@ class CELoraConfig(LoraConfig):
                 raise ValueError(f"frozen rank {name} = {rank} must be at least 1")
         rank = max(1, int(EQUAL_MEMORY * self.r))
         alpha = self.lora_alpha * (rank / self.r) ** (0.5 if self.use_rslora else 1)
-        for pattern in self.keep_ratios:
-            if pattern not in self.rank_pattern:
-                self.rank_pattern[pattern] = rank
-                self.alpha_pattern.setdefault(pattern, alpha)
+        lowered = [pattern for pattern in self.keep_ratios if pattern not in self.rank_pattern]
+        self.rank_pattern: dict[str, int] = self.rank_pattern | dict.fromkeys(lowered, rank)
+        self.alpha_pattern: dict[str, float] = dict.fromkeys(lowered, alpha) | self.alpha_pattern
         self._register_custom_module({nn.Module: _new_layer})
 
     def to_dict(self) -> dict[str, Any]:

@@ -291,6 +291,14 @@ def test_a_modules_ratio_and_rank_are_its_own() -> None:
     assert {name.rpartition(".")[2]: rank for name, rank in ranks.items()} == {"up_proj": 7, "down_proj": 2}
 
 
+def test_a_config_leaves_the_patterns_it_was_given_as_they_were() -> None:
+    ranks, alphas = {"q_proj": 3}, {"v_proj": 5.0}
+    config = CELoraConfig(r=8, lora_alpha=16, rank_pattern=ranks, alpha_pattern=alphas)
+    assert (ranks, alphas) == ({"q_proj": 3}, {"v_proj": 5.0})
+    assert config.rank_pattern == {"q_proj": 3} | dict.fromkeys(PAPER_KEEP_RATIOS, 7)
+    assert config.alpha_pattern == dict.fromkeys(PAPER_KEEP_RATIOS, 14.0) | alphas
+
+
 def test_defaults_are_the_papers() -> None:
     model = get_peft_model(llama(), CELoraConfig(r=8, lora_alpha=16, target_modules=SEVEN))
     for name, module in model.named_modules():
