@@ -234,7 +234,12 @@ def measure_parts(results: Results, case: LayerCase, device: torch.device, dtype
     shape = f"{case.outputs} x {case.inputs}, T = {case.tokens}, keep {case.keep:.4g}"
     for name, call in parts.items():
         try:
-            results.add(case=f"part: {shape}: {name}", ours_ms=median_ms(call, device, 60), peer_ms=None)
+            results.add(
+                case=f"part: {shape}: {name}",
+                ours_ms=median_ms(call, device, 60),
+                peer_ms=None,
+                predicted_ratio=None,
+            )
         except Exception as error:  # a shape that a kernel cannot serve must not end the run
             print(name, type(error).__name__, str(error)[:300], flush=True)
 
