@@ -81,13 +81,13 @@ def run(
     """
     from rlscale.config import RunConfig, load_config
     from rlscale.display import Display
-    from rlscale.interruption import Interruption
+    from rlscale.stopping import StopRequest
     from rlscale.sweep import run_one
 
     settings = load_config(RunConfig, config, overrides or [])
     folder = output or Path("runs") / config.stem
     display = Display({folder.name: settings.steps})
-    stop = Interruption(lambda: display.console.print("stopping after this step; Ctrl-C again stops at once"))
+    stop = StopRequest(lambda: display.console.print("stopping after this step; Ctrl-C again stops at once"))
     with display, stop:
         for event in run_one(
             settings,

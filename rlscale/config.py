@@ -46,6 +46,13 @@ class TaskConfig(Section):
     reward: Literal["exact", "prefix"] = "exact"
     """exact: 1 for the right answer, else 0. prefix: the fraction of the answer that is right before the
     first error. Held-out pass rates are exact under both."""
+    reward_function: str | None = None
+    """A function of yours instead, in TRL's signature: `module:function` or `path/to/file.py:function`."""
+    reward_timeout_s: float = Field(30.0, gt=0)
+    """Seconds that a call of it may take; it gets the completions of one prompt."""
+    max_reward_failures: int = Field(32, ge=1)
+    """Completions in a row without a reward, because it raises, hangs or answers NaN, that end the run. Fewer
+    cost their rollouts alone."""
 
 
 class WarmStartConfig(Section):

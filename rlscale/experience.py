@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from rlscale.config import EvaluationConfig
+from rlscale.rewards import RewardFunction
 from rlscale.selection import overlong_penalty
 from rlscale.tasks import Shaping, Task, decode_completion, encode_prompt
 from rlscale.types import Completion, GenerationReport, Problem, Rollout, Sampling
@@ -48,13 +49,15 @@ class TrainingPrompts:
 class ScoredGroup:
     """The completions of one prompt with their rewards.
 
-    `passed[i]` says whether rollout i is the right answer, whatever shaping its reward has.
+    `passed[i]` says whether rollout i is the right answer, whatever shaping its reward has. `dropped` counts
+    completions that the user's reward function had no reward for; they are not among the rollouts.
     """
 
     prompt: Prompt
     rollouts: list[Rollout]
     texts: list[str]
     passed: list[bool]
+    dropped: int = 0
 
     @property
     def tokens(self) -> int:
@@ -75,6 +78,7 @@ class ScoredGroup:
             "rewards": [rollout.reward for rollout in self.rollouts],
             "texts": self.texts,
             "passed": self.passed,
+            "dropped": self.dropped,
         }
 
     @classmethod
@@ -85,7 +89,7 @@ class ScoredGroup:
             Rollout(prompt.prompt_ids, _completion(completion), reward, prompt.place)
             for completion, reward in zip(data["completions"], data["rewards"], strict=True)
         ]
-        return cls(prompt, rollouts, list(data["texts"]), list(data["passed"]))
+        return cls(prompt, rollouts, list(data["texts"]), list(data["passed"]), data["dropped"])
 
 
 def _completion(data: Mapping[str, Any]) -> Completion:
@@ -101,6 +105,7 @@ class Scorer:
     Args:
         end_of_thought: what is scored is what follows its last occurrence; None: all that was drawn.
         budget, overlong_buffer: of the penalty for length, see `overlong_penalty`; a buffer of 0 has none.
+        function: the user's, in place of `reward`; completions that it has no reward for are dropped.
     """
 
     task: Task
@@ -109,19 +114,27 @@ class Scorer:
     end_of_thought: str | None = None
     budget: int = 0
     overlong_buffer: float = 0.0
+    function: RewardFunction | None = None
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> ScoredGroup:
         """A prompt's completions as rollouts of one group, numbered by the prompt's place."""
-        group = ScoredGroup(prompt, [], [], [])
-        for completion in completions:
-            text = decode_completion(self.tokenizer, completion.token_ids)
+        texts = [decode_completion(self.tokenizer, completion.token_ids) for completion in completions]
+        given: list[float | None] = []
+        if self.function is not None:
+            given = self.function(_columns(prompt.problem, completions, texts))
+        group = ScoredGroup(prompt, [], [], [], dropped=given.count(None))
+        for i, (completion, text) in enumerate(zip(completions, texts, strict=True)):
             answer = text if self.end_of_thought is None else text.rpartition(self.end_of_thought)[2]
             # A right answer that runs on past its end is no right answer: the policy has to stop by itself.
             right = self.task.score(prompt.problem, answer, "exact") == 1.0
             exact = right and completion.finish_reason == "stop"
-            score = float(exact)
-            if self.reward != "exact":
+            score: float | None = float(exact)
+            if self.function is not None:
+                score = given[i]
+            elif self.reward != "exact":
                 score = self.task.score(prompt.problem, answer, self.reward)
+            if score is None:
+                continue
             score -= overlong_penalty(
                 completion.drawn_tokens, self.budget, self.overlong_buffer, prompt.problem.required_length
             )
@@ -129,6 +142,20 @@ class Scorer:
             group.texts.append(text)
             group.passed.append(exact)
         return group
+
+
+def _columns(
+    problem: Problem, completions: Sequence[Completion], texts: Sequence[str]
+) -> dict[str, Sequence[Any]]:
+    """The keyword arguments of a user's reward function; see `rlscale.rewards`."""
+    n = len(texts)
+    return {
+        "prompts": [problem.prompt] * n,
+        "completions": texts,
+        "completion_ids": [completion.token_ids for completion in completions],
+        "answer": [problem.answer] * n,
+        "required_length": [problem.required_length] * n,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +166,7 @@ class Experience:
         generated_tokens: of all that was drawn for this batch, groups included that are not in it.
         wall_s: seconds in which `generated_tokens` were drawn.
         filtered_solved, filtered_unsolved: groups drawn for this batch and left out, see `selection.Tally`.
+        rewards_dropped: completions drawn for this batch that the user's reward function had no reward for.
     """
 
     groups: list[ScoredGroup]
@@ -146,6 +174,7 @@ class Experience:
     wall_s: float
     filtered_solved: int = 0
     filtered_unsolved: int = 0
+    rewards_dropped: int = 0
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -182,6 +211,7 @@ class Experience:
             "interrupted_fraction": fmean(r.completion.forced is not None for r in self.rollouts),
             "filtered_solved": self.filtered_solved,
             "filtered_unsolved": self.filtered_unsolved,
+            "rewards_dropped": self.rewards_dropped,
             "rollout_s": self.wall_s,
             "rollout_tokens_per_s": self.generated_tokens / self.wall_s,
         }

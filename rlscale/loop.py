@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from rlscale.learner.actor import LearnerGroup
 from rlscale.learner.advantages import assign_advantages
 from rlscale.learner.examples import ptx_batches
 from rlscale.models import model_config
+from rlscale.rewards import user_reward
 from rlscale.rollout.pool import RolloutPool
 from rlscale.runs.batches import Batch, save_batch
 from rlscale.runs.files import write_json
@@ -85,6 +86,7 @@ def train(
     model = model_config(config.model, config.architecture)
     selected = config.algorithm.selection
     imitated = ptx_batches(config.algorithm, config.learner.updates_per_step, task, tokenizer, config.seed)
+    function = user_reward(config.task)
     source = experience_source(
         config.mode,
         rollouts,
@@ -97,12 +99,13 @@ def train(
             config.end_of_thought,
             config.budget,
             selected.overlong_buffer,
+            function,
         ),
         Selection(selected, config.rollout.prompts_per_step),
         config.rollout.prompts_per_step,
         replace(sampling, seed=first_seed + _STEPS_PER_SEED - 1),
     )
-    with closing(source):
+    with closing(source), function or nullcontext():
         if checkpoint := run.latest_checkpoint():
             source.load_state_dict(json.loads((checkpoint[1] / SOURCE_FILE).read_text()))
         synced = source.sync_weights()

@@ -95,15 +95,19 @@ class Tally:
     Args:
         kept: groups to train on.
         solved, unsolved: left out since all completions earned the same, as all passed, or not all.
+        unrewarded: left out since no completion has a reward.
+        rewards_dropped: completions without a reward, of all groups.
     """
 
     kept: int = 0
     solved: int = 0
     unsolved: int = 0
+    unrewarded: int = 0
+    rewards_dropped: int = 0
 
     @property
     def drawn(self) -> int:
-        return self.kept + self.solved + self.unsolved
+        return self.kept + self.solved + self.unsolved + self.unrewarded
 
 
 class Selection:
@@ -145,6 +149,10 @@ class Selection:
 
     def takes(self, group: ScoredGroup) -> bool:
         """Takes a scored group in; whether it is trained on."""
+        self._tally.rewards_dropped += group.dropped
+        if not group.rollouts:
+            self._tally.unrewarded += 1
+            return False
         self._pass_rates.record(group.prompt.problem.prompt, group.passed)
         if self._config.equal_rewards == "keep" or teaches([rollout.reward for rollout in group.rollouts]):
             self._tally.kept += 1
@@ -162,7 +170,7 @@ class Selection:
         n, tally = self._prompts_per_step, self._tally
         if tally.drawn == 0:
             return n
-        if self._config.equal_rewards == "keep" or (self._config.equal_rewards == "drop" and tally.kept):
+        if self._config.equal_rewards != "redraw" and tally.kept:
             return 0
         self.check()
         return n - tally.kept

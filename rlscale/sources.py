@@ -159,6 +159,7 @@ class BatchSource(ExperienceSource):
             "wall_s": drawn.wall_s,
             "filtered_solved": drawn.filtered_solved,
             "filtered_unsolved": drawn.filtered_unsolved,
+            "rewards_dropped": drawn.rewards_dropped,
         }
         return {"place": self._place, "ahead": ahead, "selection": self._selection.state_dict()}
 
@@ -195,7 +196,9 @@ class BatchSource(ExperienceSource):
             tokens, wall_s = tokens + report.generated_tokens, wall_s + report.wall_s
             if self._selection.to_draw() == 0:
                 tally = self._selection.close_batch()
-                self._drawn = Experience(groups, tokens, wall_s, tally.solved, tally.unsolved)
+                self._drawn = Experience(
+                    groups, tokens, wall_s, tally.solved, tally.unsolved, tally.rewards_dropped
+                )
         return self._drawn
 
 
@@ -249,7 +252,7 @@ class AsynchronousSource(ExperienceSource):
             now, tokens = self._rollouts.clock(), self._tokens
             since, self._handed_out, self._tokens = self._handed_out, now, 0
             tally = self._selection.close_batch()
-        return Experience(groups, tokens, now - since, tally.solved, tally.unsolved)
+        return Experience(groups, tokens, now - since, tally.solved, tally.unsolved, tally.rewards_dropped)
 
     def sync_weights(self) -> SyncReport:
         """See `ExperienceSource.sync_weights`. Drops what is too old to be trained on by these weights."""
@@ -325,7 +328,7 @@ class AsynchronousSource(ExperienceSource):
             if self._running.pop(place, None) is None:
                 return
             self._tokens += group.tokens
-            if group.oldest_version < self._oldest:
+            if group.rollouts and group.oldest_version < self._oldest:
                 self._manager.filter_running()
                 self._stale_groups += 1
                 self._refill()

@@ -13,6 +13,7 @@ from rlscale.events import RunEvent
 from rlscale.learner.examples import ptx_batches
 from rlscale.models import check_tokenizer, interruption_of, model_config, tokenizer_for
 from rlscale.queue import Cell, run_queue
+from rlscale.rewards import user_reward
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
@@ -112,12 +113,14 @@ def check(config: RunConfig) -> None:
     """Finds what cannot work before anything is started or written.
 
     Raises:
-        UserError: a tracker that is not installed, unknown task, impossible length, a model that cannot be
-            built, a tokenizer that is not the model's, examples that cannot be read, prompts and budget that
-            exceed the context or the learner's micro-batch.
+        UserError: a tracker that is not installed, unknown task, no such reward function, impossible length,
+            a model that cannot be built, a tokenizer that is not the model's, examples that cannot be read,
+            prompts and budget that exceed the context or the learner's micro-batch.
     """
     check_trackers(config.trackers)
     task = make_task(config.task.name, config.task.required_length, config.task.options)
+    if function := user_reward(config.task):
+        function.close()
     model = model_config(config.model, config.architecture)
     tokenizer = tokenizer_for(config.model)
     check_tokenizer(tokenizer, model)

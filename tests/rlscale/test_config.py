@@ -175,7 +175,7 @@ def test_a_mistake_is_one_line_that_names_the_key(
         ("=1", r"override '=1' must read key=value"),
         ("steps.x=1", r"'steps' holds a value, not a section"),
         ("task.name=[a", r"'\[a' is not a YAML value"),
-        ("task.nam=a", r"unknown config key 'task\.nam': known here are name, options"),
+        ("task.nam=a", r"unknown config key 'task\.nam': known here are max_reward_failures, name, options"),
         ("steps=", r"steps: .*\(given: None\)"),
     ],
 )

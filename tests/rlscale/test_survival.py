@@ -22,12 +22,12 @@ from test_loop import run, settings, without_timings
 
 from rlscale.config import LearnerConfig
 from rlscale.errors import UserError
-from rlscale.interruption import Interruption
 from rlscale.learner.learner import Learner
 from rlscale.learner.replay import replay
 from rlscale.runs import RunFolder, read_run
 from rlscale.runs.batches import Batch, load_batch, save_batch
 from rlscale.runs.checkpoints import Checkpoints
+from rlscale.stopping import StopRequest
 from rlscale.types import Example, Rollout
 from rlscale.workers import replay_step
 
@@ -163,7 +163,7 @@ def test_a_rewound_run_goes_on_from_its_newest_checkpoint_and_notes_why(tmp_path
 def test_one_interrupt_is_a_request_where_it_is_awaited_and_the_second_is_an_exception() -> None:
     told: list[str] = []
     before = signal.getsignal(signal.SIGINT)
-    with Interruption(lambda: told.append("told")) as stop:
+    with StopRequest(lambda: told.append("told")) as stop:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         stop.is_awaited = True

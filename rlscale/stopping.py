@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interruption(AbstractContextManager["Interruption"]):
+class StopRequest(AbstractContextManager["StopRequest"]):
     """Takes SIGINT over while its block lasts; for the main thread.
 
     The first signal sets `requested`, for a loop to look at, if `is_awaited` says that one does; any other
@@ -25,7 +25,7 @@ class Interruption(AbstractContextManager["Interruption"]):
         self._on_request = on_request
         self._before: Any = signal.SIG_DFL
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> StopRequest:
         self._before = signal.signal(signal.SIGINT, self._interrupted)
         return self
 

@@ -1,0 +1,195 @@
+"""The command `rlscale run` and its processes: killed, interrupted, resumed, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_loop import without_timings
+
+from rlscale.runs import read_run
+
+STEPS = 24
+CONFIG = {
+    "steps": STEPS,
+    "model": {
+        "overrides": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "full_attention_layers": [2],
+            "first_k_dense_replace": 2,
+        }
+    },
+    "task": {"name": "reversal", "required_length": 3, "options": {"alphabet": 5}, "reward": "prefix"},
+    "warm_start": {"target_pass_rate": 0},
+    "rollout": {"engine": "reference", "prompts_per_step": 4, "samples_per_prompt": 4, "num_cpus": 0.5},
+    "learner": {"num_cpus": 0.5},
+    "evaluation": {"every": 8, "prompts": 8},
+    "checkpoint": {"every": 4},
+}
+PATIENCE = 300.0
+
+
+def wait_for(what: str, happened: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if found := happened():
+            return found
+        time.sleep(0.05)
+    pytest.fail(f"{what} did not happen within {PATIENCE:g} s")
+
+
+class Command:
+    """`rlscale run` in a session of its own, with all processes that descend from it."""
+
+    def __init__(self, config: Path, folder: Path, *flags: str) -> None:
+        self.folder = folder
+        self.mark = f"RLSCALE_TEST={uuid.uuid4()}"
+        name, _, value = self.mark.partition("=")
+        self.segments = set(os.listdir("/dev/shm"))
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from rlscale.cli import main; main()",
+                "run",
+                config,
+                "-o",
+                folder,
+                *flags,
+            ],
+            env=os.environ | {name: value, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def processes(self) -> dict[int, str]:
+        """Living processes with the mark in their environment, and their titles."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def actor(self, kind: str) -> int:
+        pids = [pid for pid, title in self.processes().items() if title.startswith(f"ray::{kind}")]
+        assert len(pids) == 1, self.processes()
+        return pids[0]
+
+    def steps(self) -> int:
+        """Of the metrics on disk, the last."""
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            return int(json.loads(lines[-1])["step"]) if lines else 0
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def reaches(self, step: int) -> None:
+        def there() -> bool:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            return self.steps() >= step
+
+        wait_for(f"step {step}", there)
+
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)  # as a terminal does it
+
+    def ends(self) -> tuple[int, str]:
+        """Exit code and output, once nothing of the run is left."""
+        said, _ = self.process.communicate(timeout=PATIENCE)
+        wait_for("the end of all processes", lambda: not self.processes())
+        left = set(os.listdir("/dev/shm")) - self.segments
+        assert not [name for name in left if not _is_open(Path("/dev/shm") / name)]
+        return self.process.returncode, said
+
+    def close(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _is_open(segment: Path) -> bool:
+    """Some process holds it: it is another run's, and no orphan."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(segment) in (entry / "maps").read_text():
+                return True
+            if any(os.readlink(fd) == str(segment) for fd in (entry / "fd").iterdir()):
+                return True
+        except OSError:
+            continue
+    return not segment.exists()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    commands: list[Command] = []
+
+    def begin(name: str, *flags: str) -> Command:
+        commands.append(Command(tmp_path / "run.yaml", tmp_path / name, *flags))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        command.close()
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_whose_learner_dies_that_is_killed_stopped_and_interrupted_ends_like_one_left_alone(
+    start: Callable[..., Command], tmp_path: Path
+) -> None:
+    whole = start("whole")
+    assert whole.ends()[0] == 0
+
+    first = start("broken")
+    first.reaches(5)
+    engine = first.actor("RolloutWorker")
+    os.kill(first.actor("LearnerWorker"), signal.SIGKILL)
+    notes = tmp_path / "broken" / "environment.json"
+    rewound = wait_for("a new learner", lambda: json.loads(notes.read_text()).get("rewound"))
+    assert "died" in rewound[0]["reason"]
+    first.reaches(9)
+    assert first.actor("RolloutWorker") == engine
+    first.process.kill()
+    assert first.ends()[0] == -signal.SIGKILL
+
+    second = start("broken", "--resume")
+    second.reaches(13)
+    second.interrupt()
+    code, said = second.ends()
+    assert (code, "Ctrl-C again" in said, "--resume continues" in said) == (0, True, True), said
+    stopped_at = second.steps()
+    assert (tmp_path / "broken" / "checkpoints" / f"step_{stopped_at:06d}").is_dir()
+    assert read_run(tmp_path / "broken").state == "stopped"
+
+    third = start("broken", "--resume")
+    third.reaches(stopped_at + 1)
+    third.interrupt()
+    time.sleep(0.01)  # two signals at once would be one
+    third.interrupt()
+    code, said = third.ends()
+    assert code != 0
+    assert "Traceback" not in said
+
+    assert start("broken", "--resume").ends()[0] == 0
+    straight, joined = (read_run(tmp_path / name) for name in ("whole", "broken"))
+    assert [step["step"] for step in joined.metrics] == list(range(1, STEPS + 1))
+    assert without_timings(joined.metrics) == without_timings(straight.metrics)
+    assert without_timings(joined.evaluations) == without_timings(straight.evaluations)
