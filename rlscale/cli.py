@@ -71,6 +71,12 @@ def run(
     overwrite: Overwrite = False,
     address: Address = None,
     wait: Wait = 0,
+    check_weight_sync: Annotated[
+        bool,
+        typer.Option(
+            "--check-weight-sync", help="Set weight_sync.verify: compare both sides after every sync."
+        ),
+    ] = False,
 ) -> None:
     """Train one architecture on one task at one required length.
 
@@ -84,7 +90,8 @@ def run(
     from rlscale.stopping import StopRequest
     from rlscale.sweep import run_one
 
-    settings = load_config(RunConfig, config, overrides or [])
+    checks = ["weight_sync.verify=true"] if check_weight_sync else []
+    settings = load_config(RunConfig, config, [*(overrides or []), *checks])
     folder = output or Path("runs") / config.stem
     display = Display({folder.name: settings.steps})
     stop = StopRequest(lambda: display.console.print("stopping after this step; Ctrl-C again stops at once"))

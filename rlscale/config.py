@@ -23,6 +23,7 @@ from rlscale.errors import UserError
 from rlscale.sections import TAG, Section, locate
 
 Architecture = Literal["hybrid", "mla"]
+TransportName = Literal["auto", "shared_memory", "cuda_ipc", "nccl", "disk"]
 
 
 class ModelConfig(Section):
@@ -88,7 +89,7 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(128, ge=1)
     """Completions that one engine generates at the same time."""
     cache_gib: float = Field(1.0, gt=0)
-    """Memory for one engine's latent cache and recurrent states (CPU engines)."""
+    """Memory for one engine's latent cache and recurrent states."""
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
@@ -223,6 +224,21 @@ class AsynchronousConfig(Section):
 ModeConfig = Annotated[SynchronousConfig | OneStepOffConfig | AsynchronousConfig, Field(discriminator="kind")]
 
 
+class WeightSyncConfig(Section):
+    """How new weights get from the learner to the rollout engines."""
+
+    transport: TransportName = "auto"
+    """auto: cuda_ipc where both share a GPU, nccl where they have their own, else shared_memory. disk: a
+    folder that both see."""
+    bucket_mib: int = Field(256, ge=1)
+    """Memory for weights on their way, on either side, with cuda_ipc and nccl; a larger weight needs its own
+    size."""
+    verify: bool = False
+    """After every sync compare digests of what the learner has with what each engine serves."""
+    folder: Path | None = None
+    """Where disk writes."""
+
+
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
     """Steps between two held-out evaluations; the first and the last step are always evaluated."""
@@ -256,6 +272,7 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     mode: ModeConfig = SynchronousConfig()
     """How generating and training share the time."""
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(["tensorboard"])

@@ -31,6 +31,7 @@ from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import REPLAY, RunRecord, read_config, read_run
 from rlscale.tasks import Task, make_task
 from rlscale.weights.synchronizer import Synchronizer
+from rlscale.weights.transport import choose_transport
 
 _REPORT = "warm_start.json"
 
@@ -69,7 +70,8 @@ class Workers(AbstractContextManager["Workers"]):
             self.rollouts = RolloutPool(engine, placement)
             self._stack.callback(self.rollouts.close)
             spec = LearnerSpec(self.model_config, dtype, config.model.checkpoint)
-            self.learner = LearnerGroup(spec, config.learner, placement, config.rollout.workers)
+            transport = choose_transport(config.weight_sync, config.rollout, config.learner)
+            self.learner = LearnerGroup(spec, config.learner, placement, config.rollout.workers, transport)
             self._stack.callback(self.learner.close)
             self.rollouts.ready()
             self._stack = self._stack.pop_all()
@@ -136,7 +138,12 @@ class Workers(AbstractContextManager["Workers"]):
         elif config.warm_start.target_pass_rate > 0:
             yield from self._warm_start(config, task, run, shared_warm_start)
 
-        weights = Synchronizer(self.learner, self.rollouts, first_version=checkpoint[0] if checkpoint else 0)
+        weights = Synchronizer(
+            self.learner,
+            self.rollouts,
+            first_version=checkpoint[0] if checkpoint else 0,
+            verify=config.weight_sync.verify,
+        )
         for report in train(config, task, self.tokenizer, self.learner, self.rollouts, weights, run, stop):
             yield RunEvent(run.path.name, "training", report.step, report.metrics, report.evaluation)
 

@@ -29,7 +29,13 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from kimi_linear.layers.norm import GatedRMSNorm
 from kimi_linear.ops import chunk_kda, convolution_state, kda_decode_step, short_convolution
 from kimi_linear.vllm_plugin.batch import BatchSplit, split_batch
-from kimi_linear.vllm_plugin.weights import Part, WeightParts, keep_weights_in_place, new_parameter
+from kimi_linear.vllm_plugin.weights import (
+    Part,
+    WeightParts,
+    keep_weights_in_place,
+    merged_parts,
+    new_parameter,
+)
 
 # Matrix products are fastest, and rows of their results aligned, where widths are multiples of this.
 WIDTH_MULTIPLE = 16
@@ -181,17 +187,14 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
     def weight_parts(self) -> dict[str, Part]:
         inner, hidden = self.heads * self.dim, self.in_proj.input_size
         width = self.conv_weight.shape[1]
-        parts = {
-            "f_a_proj.weight": Part("in_proj.weight", 3, (self.dim, hidden)),
-            "g_a_proj.weight": Part("in_proj.weight", 4, (self.dim, hidden)),
-            "b_proj.weight": Part("in_proj.weight", 5, (self.heads, hidden)),
-            "f_b_proj.weight": Part("gate_up", 0, (inner, self.dim)),
-            "g_b_proj.weight": Part("gate_up", 1, (inner, self.dim)),
-            "A_log": Part("A_log", None, (1, 1, self.heads, 1)),
-        }
+        projections = {f"{name}_proj.weight": (inner, hidden) for name in "qkv"}
+        projections |= {f"{name}_a_proj.weight": (self.dim, hidden) for name in "fg"}
+        parts = merged_parts("in_proj.weight", {**projections, "b_proj.weight": (self.heads, hidden)})
+        for i, name in enumerate("fg"):
+            parts[f"{name}_b_proj.weight"] = Part("gate_up", i, (inner, self.dim), i)
         for i, name in enumerate("qkv"):
-            parts[f"{name}_proj.weight"] = Part("in_proj.weight", i, (inner, hidden))
-            parts[f"{name}_conv1d.weight"] = Part("conv_weight", i, (inner, 1, width))
+            parts[f"{name}_conv1d.weight"] = Part("conv_weight", i, (inner, 1, width), i * inner)
+        parts["A_log"] = Part("A_log", None, (1, 1, self.heads, 1))
         return parts
 
     @property

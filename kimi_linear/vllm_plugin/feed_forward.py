@@ -8,7 +8,13 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
-from kimi_linear.vllm_plugin.weights import Part, WeightParts, keep_weights_in_place, new_parameter
+from kimi_linear.vllm_plugin.weights import (
+    Part,
+    WeightParts,
+    keep_weights_in_place,
+    merged_parts,
+    new_parameter,
+)
 
 
 class DenseMLP(nn.Module, WeightParts):
@@ -32,10 +38,7 @@ class DenseMLP(nn.Module, WeightParts):
 
     def weight_parts(self) -> dict[str, Part]:
         shape = (self.down_proj.input_size, self.gate_up_proj.input_size)
-        return {
-            f"{name}_proj.weight": Part("gate_up_proj.weight", i, shape)
-            for i, name in enumerate(("gate", "up"))
-        }
+        return merged_parts("gate_up_proj.weight", {f"{name}_proj.weight": shape for name in ("gate", "up")})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
@@ -77,9 +80,9 @@ class SparseMoE(nn.Module, WeightParts):
         }
         for e in range(self.experts):
             up, down = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
-            parts[f"experts.{e}.w1.weight"] = Part("gate_up", 2 * e, up)
-            parts[f"experts.{e}.w3.weight"] = Part("gate_up", 2 * e + 1, up)
-            parts[f"experts.{e}.w2.weight"] = Part("down", e, down)
+            parts[f"experts.{e}.w1.weight"] = Part("gate_up", 2 * e, up, 2 * e)
+            parts[f"experts.{e}.w3.weight"] = Part("gate_up", 2 * e + 1, up, 2 * e + 1)
+            parts[f"experts.{e}.w2.weight"] = Part("down", e, down, e)
         return parts
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,7 @@ from kimi_linear.vllm_plugin.weights import (
     WeightParts,
     keep_weights_in_place,
     load_parts,
+    merged_parts,
     weight_map,
 )
 
@@ -83,13 +84,10 @@ class LatentAttention(nn.Module, WeightParts):
     def weight_parts(self) -> dict[str, Part]:
         hidden = self.in_proj.input_size
         shapes = {
-            "q_proj": (self.heads * (self.nope + self.rope), hidden),
-            "kv_a_proj_with_mqa": (self.rank + self.rope, hidden),
+            "q_proj.weight": (self.heads * (self.nope + self.rope), hidden),
+            "kv_a_proj_with_mqa.weight": (self.rank + self.rope, hidden),
         }
-        return {
-            f"{name}.weight": Part("in_proj.weight", i, shape)
-            for i, (name, shape) in enumerate(shapes.items())
-        }
+        return merged_parts("in_proj.weight", shapes)
 
     def make_attention(self, scale: float, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         sizes = {

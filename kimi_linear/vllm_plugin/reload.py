@@ -1,12 +1,12 @@
 """New weights for a running engine, every tensor accounted for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.v1.worker.worker_base import WorkerBase
 
-from kimi_linear.vllm_plugin.weights import load_parts
+from kimi_linear.vllm_plugin.weights import load_parts, stored_parts
 
 
 def load_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -41,3 +41,22 @@ def load_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]
             # vLLM's layer keeps up-projections rearranged for decoding.
             module.process_weights_after_loading(worker.model_runner.dtype)
     return loaded
+
+
+def served_weights(worker: WorkerBase) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint as a worker serves it: (name, tensor), views of the model's parameters.
+
+    Raises:
+        RuntimeError: an MLA layer's up-projections, rearranged for decoding, are not those of its checkpoint.
+    """
+    model = worker.model_runner.get_model()
+    for name, module in model.named_modules():
+        if isinstance(module, MLAAttention):
+            up_k, up_v = module.kv_b_proj.weight.unflatten(0, (module.num_heads, -1)).split(
+                (module.qk_nope_head_dim, module.v_head_dim), dim=1
+            )
+            if not (torch.equal(module.W_UK_T, up_k) and torch.equal(module.W_UV, up_v.transpose(1, 2))):
+                raise RuntimeError(
+                    f"{name} decodes with up-projections of other weights than it prefills with"
+                )
+    return stored_parts(model, model.weight_map)

@@ -1,7 +1,7 @@
 """Which parameter of the served model, or part of one, a tensor of the released checkpoint goes to."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,11 +18,13 @@ class Part:
         parameter: name of the parameter, relative to the module until `weight_map` makes it absolute.
         shard: which part of that parameter, or None for all of it.
         shape: the checkpoint tensor's shape.
+        first: the row of the parameter where the tensor begins.
     """
 
     parameter: str
     shard: int | None
     shape: tuple[int, ...]
+    first: int = 0
 
 
 class WeightParts:
@@ -40,7 +42,7 @@ def weight_map(model: nn.Module) -> dict[str, Part]:
         if isinstance(module, WeightParts):
             dot = f"{prefix}." if prefix else ""
             for name, part in module.weight_parts().items():
-                parts[dot + name] = Part(dot + part.parameter, part.shard, part.shape)
+                parts[dot + name] = replace(part, parameter=dot + part.parameter)
     covered = {part.parameter for part in parts.values()}
     for name, parameter in model.named_parameters():
         if name not in covered:
@@ -74,6 +76,24 @@ def load_parts(
         else:
             loader(parameter, tensor, part.shard)
         yield name
+
+
+def stored_parts(model: nn.Module, parts: dict[str, Part]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every checkpoint tensor as the model holds it: views of its parameters, in the checkpoint's shapes."""
+    parameters = dict(model.named_parameters())
+    for name, part in parts.items():
+        parameter = parameters[part.parameter].data
+        rows = torch.Size(part.shape).numel() // parameter[0].numel()
+        yield name, parameter[part.first : part.first + rows].reshape(part.shape)
+
+
+def merged_parts(parameter: str, shapes: dict[str, tuple[int, int]]) -> dict[str, Part]:
+    """Checkpoint matrices that lie one below the other in a merged projection, its shards in this order."""
+    parts, first = {}, 0
+    for shard, (name, shape) in enumerate(shapes.items()):
+        parts[name] = Part(parameter, shard, shape, first)
+        first += shape[0]
+    return parts
 
 
 def load_rows(param: nn.Parameter, loaded: torch.Tensor, shard: int = 0) -> None:

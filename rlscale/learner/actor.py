@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from rlscale.errors import LearnerDied
 from rlscale.learner.learner import Learner, LearnerSpec, threads
 from rlscale.learner.ranks import Ranks, free_address
 from rlscale.types import Example, Rollout
-from rlscale.weights.shared_memory import SharedMemoryPublisher, WeightManifest
+from rlscale.weights.digests import Digests, digests
+from rlscale.weights.transport import Manifest, Transport
 
 if TYPE_CHECKING:
     from rlscale.learner.warm_start import WarmStartReport
@@ -34,10 +35,10 @@ _PING_S = 10.0
 class LearnerWorker:
     """One learner inside a Ray actor. `start` comes first, apart from the constructor so it can raise."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, transport: Transport) -> None:
         self._spec = spec
         self._learner: Learner | None = None
-        self._publisher = SharedMemoryPublisher()
+        self._publisher = transport.publisher(ray.util.get_node_ip_address())
         self._ranks = Ranks()
 
     def address(self) -> str:
@@ -89,7 +90,10 @@ class LearnerWorker:
     ) -> dict[str, float]:
         return self.learner.train_step(rollouts, temperature, examples)
 
-    def publish_weights(self, version: int) -> WeightManifest | None:
+    def weight_digests(self, dtypes: Mapping[str, str]) -> Digests:
+        return digests(self.learner.named_weights(), dtypes)
+
+    def publish_weights(self, version: int) -> Manifest | None:
         """The manifest on rank 0. The others only help to gather the weights."""
         weights = self.learner.named_weights()
         try:
@@ -129,12 +133,18 @@ class LearnerGroup:
         spec: the policy that every run starts from.
         config: how many actors, their CPUs and GPUs; must be those of the runs.
         placement: reservation to place rank i into, on its bundle `first_bundle + i` of `bundles(config)`.
+        transport: how its weights travel to the rollout engines.
     """
 
     def __init__(
-        self, spec: LearnerSpec, config: LearnerConfig, placement: PlacementGroup, first_bundle: int = 0
+        self,
+        spec: LearnerSpec,
+        config: LearnerConfig,
+        placement: PlacementGroup,
+        first_bundle: int = 0,
+        transport: Transport = Transport(),  # noqa: B008 (immutable)
     ) -> None:
-        self._spec, self._config = spec, config
+        self._spec, self._config, self._transport = spec, config, transport
         self._placement, self._first_bundle = placement, first_bundle
         self._joined = self._sharded = False
         self._workers = self._spawn()
@@ -152,7 +162,7 @@ class LearnerGroup:
                     self._placement, placement_group_bundle_index=self._first_bundle + rank
                 ),
             )
-            .remote(self._spec)
+            .remote(self._spec, self._transport)
             for rank in range(config.workers)
         ]
 
@@ -202,8 +212,12 @@ class LearnerGroup:
         # Put once, however many ranks read it.
         return self._call("train_step", ray.put(list(rollouts)), temperature, list(examples))
 
-    def publish_weights(self, version: int) -> WeightManifest:
-        """Makes the current weights readable under `version` on the learner's machine.
+    def weight_digests(self, dtypes: Mapping[str, str]) -> Digests:
+        """Digests of the current weights, converted to the dtypes that an engine serves them in."""
+        return self._call("weight_digests", dtypes)
+
+    def publish_weights(self, version: int) -> Manifest:
+        """Makes the current weights readable under `version`, by the group's transport.
 
         Raises:
             UserError: no memory to publish.

@@ -13,7 +13,8 @@ from rlscale.config import RolloutConfig
 from rlscale.rollout.engine import InFlight, RolloutEngine
 from rlscale.rollout.interruption import InterruptingEngine, Interruption
 from rlscale.types import FinishedGroup, GroupRequest
-from rlscale.weights.shared_memory import WeightManifest, open_weights
+from rlscale.weights.digests import Digests
+from rlscale.weights.transport import Manifest, incoming
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,14 @@ class RolloutWorker:
         report.unfinished = engine.unfinished
         return report
 
-    def load_weights(self, manifest: WeightManifest) -> int:
+    def load_weights(self, manifest: Manifest) -> int:
         """Loads a published version and returns it."""
-        with open_weights(manifest) as weights:
+        with incoming(manifest) as weights:
             self.engine.load_weights(weights, manifest.version)
         return manifest.version
+
+    def weight_digests(self) -> Digests:
+        return self.engine.weight_digests()
 
     def cache_bytes(self, tokens: int) -> int:
         return self.engine.cache_bytes(tokens)

@@ -14,6 +14,7 @@ from transformers import KimiLinearConfig
 
 from rlscale.errors import UserError
 from rlscale.types import Completion, FinishedGroup, GenerationReport, GroupRequest, Sampling
+from rlscale.weights.digests import Digests
 
 InFlight = Literal["refuse", "recompute", "keep"]
 """What new weights mean for completions in the making. refuse: an error. recompute: the new weights read them
@@ -59,6 +60,10 @@ class RolloutEngine(ABC):
             RuntimeError: completions are in the making, and the engine was not built for that.
             ValueError: a name is missing, unknown or given twice, or a shape differs; the message names them.
         """
+
+    @abstractmethod
+    def weight_digests(self) -> Digests:
+        """Digests of the weights that completions are drawn from, under their released names."""
 
     @abstractmethod
     def cache_bytes(self, tokens: int) -> int:

@@ -23,12 +23,13 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlscale.cluster import death, result
+from rlscale.cluster import death, gather, result
 from rlscale.config import RolloutConfig
 from rlscale.rollout.actor import EngineSpec, RolloutWorker, SliceReport
 from rlscale.rollout.engine import check_requests, group_requests
 from rlscale.types import Completion, GenerationReport, GroupRequest, Sampling
-from rlscale.weights.shared_memory import WeightManifest
+from rlscale.weights.digests import Digests
+from rlscale.weights.transport import Manifest
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class _Seat:
     actor: Any
     is_up: bool = False
     start_s: float = 0.0
-    tried: WeightManifest | None = None
+    tried: Manifest | None = None
     load_error: Exception | None = None
     version: int | None = None
     lost: bool = False
@@ -120,7 +121,7 @@ class RolloutPool:
         self._keys = itertools.count()
         self._queue: deque[_Ticket] = deque()  # waits for a worker with a free place
         self._streams: list[GroupStream] = []
-        self._manifest: WeightManifest | None = None
+        self._manifest: Manifest | None = None
         self._usage = Usage()
         self._error: BaseException | None = None
         self._closed = False
@@ -201,7 +202,7 @@ class RolloutPool:
             self._streams.append(stream)
             return stream
 
-    def load_weights(self, manifest: WeightManifest) -> list[int]:
+    def load_weights(self, manifest: Manifest) -> list[int]:
         """Loads a published version into all engines, each between two of its steps; returns their versions.
 
         A worker that is starting meanwhile loads it before it draws a token; one at least must be up.
@@ -219,6 +220,11 @@ class RolloutPool:
                 if seat.load_error is not None:
                     raise seat.load_error
             return [seat.version for seat in tried if seat.version is not None]
+
+    def weight_digests(self) -> list[Digests]:
+        """Digests of the weights that each engine serves."""
+        self.ready()
+        return gather([actor.weight_digests.remote() for actor in self.actors()], "rollout worker")
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of cache that one sequence of `tokens` tokens occupies in an engine."""

@@ -23,6 +23,7 @@ from rlscale.rollout.engine import (
 )
 from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest
 from rlscale.weights.base import account_for
+from rlscale.weights.digests import Digests, digests
 
 
 @dataclass(slots=True, eq=False)
@@ -133,6 +134,10 @@ class ReferenceEngine(RolloutEngine):
         if self._in_flight == "recompute":
             self._waiting.extendleft(reversed(self._running))
             self._running, self._cache = [], None
+
+    def weight_digests(self) -> Digests:
+        """See `RolloutEngine.weight_digests`."""
+        return digests(named_released_tensors(self._loaded))
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that the cache of one sequence of `tokens` tokens needs, spare rows not counted."""

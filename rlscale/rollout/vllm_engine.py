@@ -31,6 +31,8 @@ from rlscale.rollout.engine import (
 )
 from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest
 from rlscale.weights.base import account_for
+from rlscale.weights.digests import Digests, digests
+from rlscale.weights.stream import IncomingWeights
 
 _CPU_BATCHED_TOKENS = 8192  # of one forward pass
 _GPU_BATCHED_TOKENS = 16384
@@ -258,6 +260,10 @@ class VLLMEngine(RolloutEngine):
             # Back into the queue, first in line: what they have so far is read again as if it were a prompt.
             self._engine.reset_prefix_cache(reset_running_requests=True)
 
+    def weight_digests(self) -> Digests:
+        """See `RolloutEngine.weight_digests`."""
+        return self._engine.collective_rpc(_digests)[0]
+
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` tokens takes from vLLM's pool, in whole blocks."""
         return CachePool(self._engine).sequence_bytes(tokens)
@@ -274,8 +280,18 @@ def _replace_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -
     from kimi_linear.vllm_plugin.reload import load_weights
 
     parts = worker.model_runner.get_model().weight_map
-    checked = account_for(weights, {name: part.shape for name, part in parts.items()})
-    load_weights(worker, checked.items())
+    expected = {name: part.shape for name, part in parts.items()}
+    if isinstance(weights, IncomingWeights):
+        account_for(((parcel.name, parcel) for parcel in weights.parcels), expected)
+    else:
+        weights = account_for(weights, expected).items()
+    load_weights(worker, weights)
+
+
+def _digests(worker: Any) -> Digests:
+    from kimi_linear.vllm_plugin.reload import served_weights
+
+    return digests(served_weights(worker))
 
 
 def _completion(output: Any) -> Completion:

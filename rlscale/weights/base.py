@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import Protocol, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +35,23 @@ class WeightSynchronizer(Protocol):
         ...
 
 
-def account_for(
-    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, Sequence[int]]
-) -> dict[str, torch.Tensor]:
+class Shaped(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+T = TypeVar("T", bound=Shaped)
+
+
+def account_for(weights: Iterable[tuple[str, T]], expected: Mapping[str, Sequence[int]]) -> dict[str, T]:
     """Checks that `weights` are exactly the `expected` names and shapes, before any of them is loaded.
 
     Raises:
         ValueError: names missing, unknown or given twice, or of another shape; the message lists them.
     """
-    given: dict[str, torch.Tensor] = {}
+    given: dict[str, T] = {}
     doubled, unknown, misshapen = [], [], []
     for name, tensor in weights:
         if name in given:

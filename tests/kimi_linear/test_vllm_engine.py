@@ -228,6 +228,19 @@ def test_new_weights_in_a_running_engine_serve_the_new_model_and_leave_nothing_o
     assert [c.token_ids for c in again] == [c.token_ids for c in old]
 
 
+def test_the_weights_that_an_engine_serves_are_those_it_was_given(served: Served) -> None:
+    from kimi_linear.vllm_plugin.reload import served_weights
+
+    found = {
+        name: tensor.clone()
+        for name, tensor in served.llm.collective_rpc(lambda worker: list(served_weights(worker)))[0]
+    }
+    given = dict(named_released_tensors(served.model))
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_vllms_own_reload_path_takes_the_released_names(served: Served) -> None:
     prompts, lengths = [[3, 4, 5], [7] * 40], [20, 30]
     other = random_model(served.model.config)

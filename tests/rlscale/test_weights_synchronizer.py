@@ -1,9 +1,11 @@
 import os
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from rlscale.weights.base import account_for
+from rlscale.weights.digests import Digests, digests
 from rlscale.weights.shared_memory import SharedMemoryPublisher, WeightManifest, open_weights
 from rlscale.weights.synchronizer import Synchronizer
 
@@ -18,6 +20,9 @@ class FakeLearner:
     def publish_weights(self, version: int) -> WeightManifest:
         return self._publisher.publish(self.weights.items(), version)
 
+    def weight_digests(self, dtypes: Mapping[str, str]) -> Digests:
+        return digests(self.weights.items(), dtypes)
+
 
 class FakeEngines:
     """Two engines that copy what they are given; the second can be made to lag."""
@@ -25,12 +30,16 @@ class FakeEngines:
     def __init__(self) -> None:
         self.held: list[dict[str, torch.Tensor]] = [{}, {}]
         self.lagging = False
+        self.dtype = torch.float32
 
     def load_weights(self, manifest: WeightManifest) -> list[int]:
         for held in self.held:
             with open_weights(manifest) as weights:
                 held.update({n: t.clone() for n, t in account_for(weights, {"w": (3, 5)}).items()})
         return [manifest.version, manifest.version - self.lagging]
+
+    def weight_digests(self) -> list[Digests]:
+        return [digests((n, t.to(self.dtype)) for n, t in held.items()) for held in self.held]
 
 
 def test_after_a_sync_all_engines_hold_the_learners_weights_at_the_next_version():
@@ -55,6 +64,27 @@ def test_a_sync_that_failed_does_not_lend_its_version_to_the_next():
         synchronizer.sync_weights()
     del learner.weights["extra"]
     assert synchronizer.sync_weights().version == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_verified_sync_compares_in_the_engines_dtype_and_names_what_differs(dtype):
+    learner, engines = FakeLearner(), FakeEngines()
+    engines.dtype = dtype
+    synchronizer = Synchronizer(learner, engines, verify=True)
+    synchronizer.sync_weights()
+    load = engines.load_weights
+
+    def load_and_damage(manifest: WeightManifest) -> list[int]:
+        arrived = load(manifest)
+        engines.held[1]["w"][2, 3] *= 1.01
+        return arrived
+
+    engines.load_weights = load_and_damage
+    with pytest.raises(
+        RuntimeError, match=r"version 1 engine 1 serves other weights .* 1 of 1 differ, first w"
+    ):
+        synchronizer.sync_weights()
+    Synchronizer(learner, engines).sync_weights()
 
 
 def test_an_engine_at_another_version_is_an_error():
