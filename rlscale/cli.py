@@ -1,4 +1,4 @@
-"""The command line: run, sweep, sft, plot, model, algorithms, settings, tasks.
+"""The command line: run, sweep, sft, plot, model, algorithms, settings, tasks, bench, doctor.
 
 Imports that take seconds (torch, Ray, vLLM) stay inside the commands, so that `--help` answers at once.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlscale.bench.cli import bench, doctor
 from rlscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ Wait = Annotated[
         help="Wait so long for CPUs and GPUs that the cluster lacks, for an autoscaler to add them.",
     ),
 ]
+
+
+app.add_typer(bench, name="bench")
+app.add_typer(doctor, name="doctor")
 
 
 @app.command()

@@ -31,14 +31,17 @@ def release() -> None:
 
 
 class Results:
-    """A JSON file {"device", "environment", "settings", "cases"}, written again after every case."""
+    """A JSON file {"device", "environment", "settings", "cases"}, written again after every case; no file
+    without a path."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self.path = path
         self.cases: list[dict[str, Any]] = []
         self._about = {"device": device_name(), "environment": environment(), "settings": settings}
 
     def add(self, case: dict[str, Any]) -> None:
         self.cases.append(case)
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({**self._about, "cases": self.cases}, indent=1) + "\n")
