@@ -31,6 +31,11 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class EngineChoice(StrEnum):
+    vllm = "vllm"
+    reference = "reference"
+
+
 class TransportChoice(StrEnum):
     shared_memory = "shared_memory"
     cuda_ipc = "cuda_ipc"
@@ -44,6 +49,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a field of the preset; repeat."),
 ]
 Dtype = Annotated[Precision, typer.Option(help="Of weights and activations.")]
+Engine = Annotated[EngineChoice, typer.Option(help="reference: token by token on the training model.")]
 CacheGib = Annotated[float, typer.Option(help="Memory for an engine's cache, in GiB.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file; figures go beside it.")
@@ -96,6 +102,7 @@ def bench_sync(
     bucket_mib: Annotated[int, typer.Option(min=1, help="See weight_sync.bucket_mib.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Syncs; the first sets up what others use.")] = 5,
     dtype: Dtype = Precision.bfloat16,
+    engine: Engine = EngineChoice.vllm,
     cache_gib: CacheGib = 0.25,
     output: Output = Path("benchmarks/results/sync.json"),
 ) -> None:
@@ -109,7 +116,7 @@ def bench_sync(
 
     results = new_results(output, preset, overrides, dtype, bucket_mib=bucket_mib)
     way = Transport(transport.value, 1, bucket_mib * MIB, output.parent / "weights")
-    config = RolloutConfig(cache_gib=cache_gib, max_num_seqs=4)
+    config = RolloutConfig(engine=engine.value, cache_gib=cache_gib, max_num_seqs=4)
     model = both_architectures(preset, overrides)["hybrid"]
     for case in measure(model, getattr(torch, dtype.value), way, repeats, config):
         report(results, case)
@@ -167,6 +174,7 @@ def mismatch(
     seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and sampling.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     dtype: Dtype = Precision.float32,
+    engine: Engine = EngineChoice.vllm,
     cache_gib: CacheGib = 0.5,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to keep the table in.")
@@ -194,7 +202,9 @@ def mismatch(
         is_hybrid = LINEAR_ATTENTION in policy.config.layer_types
         policies = {"hybrid" if is_hybrid else "mla": policy}
     results = new_results(output, preset, overrides, dtype, temperature=temperature, seed=seed)
-    config = RolloutConfig(cache_gib=cache_gib, max_num_seqs=sequences, temperature=temperature)
+    config = RolloutConfig(
+        engine=engine.value, cache_gib=cache_gib, max_num_seqs=sequences, temperature=temperature
+    )
     placed = {name: policy.to(device, kind) for name, policy in policies.items()}
     for case in measure_mismatch(placed, length, sequences, config, seed):
         results.add(case)

@@ -1,0 +1,172 @@
+"""`rlscale bench` and `rlscale doctor` at sizes that two cores finish in seconds."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kimi_linear.config import cache_size, mla_twin, preset
+from rlscale import cli
+from rlscale.bench.learner import padded_batch, ragged_lengths, ragged_rollouts
+from rlscale.bench.mismatch import compare_logprobs, random_policy, random_prompts
+from rlscale.bench.rollout import Workload, bench_rollout
+from rlscale.errors import UserError
+from rlscale.types import Completion
+
+SHAPE = preset("tiny", {"hidden_size": 64, "intermediate_size": 96})
+
+
+def rlscale(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["rlscale", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.vllm
+def test_rollouts_decode_behind_planted_contexts_and_prefill_for_real() -> None:
+    workloads = [Workload(3000, 2), Workload(3000, None)]
+    cache_gib = 0.05
+    cases = list(bench_rollout({"hybrid": SHAPE}, workloads, [600], torch.float32, cache_gib, steps=4))
+    prefill, fixed, filled = cases
+    assert (prefill["kind"], prefill["context"]) == ("prefill", 600)
+    assert prefill["prefill_s"] > 0
+    assert [case["sequences"] for case in (fixed, filled)] == [2, fixed["sequences_that_fit"]]
+    # Whole blocks hold a little more than the sizes alone say.
+    smallest = cache_size(SHAPE, torch.float32, torch.float32).at(3000)
+    assert smallest <= fixed["cache_bytes_per_sequence"] <= 1.2 * smallest
+    assert fixed["sequences_that_fit"] <= cache_gib * 2**30 / smallest
+    for case in (fixed, filled):
+        assert case["tokens_per_s"] == pytest.approx(1e3 * case["sequences"] / case["step_ms"])
+    # A real prefill of 3000 tokens would take several times as long as one of 600.
+    assert fixed["step_ms"] / 1e3 < prefill["prefill_s"] * 5
+
+
+@pytest.mark.vllm
+def test_a_workload_that_does_not_fit_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        UserError, match=r"the cache holds \d+ sequences of \d+ tokens, not 90: raise --cache-gib"
+    ):
+        list(bench_rollout({"mla": mla_twin(SHAPE)}, [Workload(3000, 90)], [], torch.float32, 0.02, steps=2))
+
+
+def test_mismatch_counts_what_one_side_adds() -> None:
+    model = random_policy(SHAPE, seed=int(torch.randint(0, 1000, ())))
+    prompts = random_prompts(SHAPE, 3, seed=1)
+    ids = [
+        [*prompt, *torch.randint(0, 128, (n,)).tolist()] for prompt, n in zip(prompts, (5, 1, 9), strict=True)
+    ]
+    added = [
+        torch.randn(len(row) - len(prompt)).double() * 0.1 for row, prompt in zip(ids, prompts, strict=True)
+    ]
+    completions = []
+    for row, prompt, extra in zip(ids, prompts, added, strict=True):
+        with torch.no_grad():
+            logprobs = (model(torch.tensor([row])).logits[0] / 0.7).log_softmax(-1)
+        tokens = row[len(prompt) :]
+        true = [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(tokens)]
+        drawn = [value - float(e) for value, e in zip(true, extra, strict=True)]
+        completions.append(Completion(tokens, drawn, [0] * len(tokens), "length"))
+    found = compare_logprobs(model, prompts, completions, temperature=0.7)
+    d = torch.cat(added)
+    expected = {
+        "mean": d.abs().mean(),
+        "p99": d.abs().quantile(0.99),
+        "max": d.abs().max(),
+        "kl": (d.exp() - 1 - d).mean(),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), abs=2e-5), name
+    assert 0 < found["entropy"] < math.log(128)
+
+
+def test_doctor_finds_rollout_and_learner_in_agreement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mismatch.json"
+    arguments = [
+        "--engine",
+        "reference",
+        "--length",
+        "8",
+        "--length",
+        "20",
+        "--sequences",
+        "3",
+        "-o",
+        str(out),
+    ]
+    shape = ["--set", "hidden_size=64", "--set", "intermediate_size=96"]
+    assert rlscale(monkeypatch, "doctor", "mismatch", *arguments, *shape) == 0
+    cases = json.loads(out.read_text())["cases"]
+    assert [(case["architecture"], case["length"]) for case in cases] == [
+        ("hybrid", 8),
+        ("hybrid", 20),
+        ("mla", 8),
+        ("mla", 20),
+    ]
+    assert all(case["max"] < 1e-4 for case in cases)
+    printed = capsys.readouterr().out
+    assert printed.count("hybrid") == 2
+    assert "p99" in printed
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "cuda_ipc"])
+def test_a_sync_bench_times_two_processes_whose_weights_agree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, transport: str
+) -> None:
+    out = tmp_path / "sync.json"
+    arguments = ["--transport", transport, "--engine", "reference", "--repeats", "2", "--bucket-mib", "1"]
+    assert rlscale(monkeypatch, "bench", "sync", *arguments, "--dtype", "float32", "-o", str(out)) == 0
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["version"] for case in cases] == [0, 1]
+    assert all(case["digests_agree"] and case["gb_per_s"] > 0 for case in cases)
+    assert (tmp_path / "sync.png").exists()
+
+
+def test_a_learner_bench_times_both_trainers_on_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "learner.json"
+    sizes = ["--sequences", "8", "--mean-length", "20", "--longest", "60", "--tokens-per-micro-batch", "256"]
+    arguments = [*sizes, "--repeats", "1", "--dtype", "float32", "--peak-tflops", "1", "-o", str(out)]
+    assert rlscale(monkeypatch, "bench", "learner", *arguments) == 0
+    cases = json.loads(out.read_text())["cases"]
+    assert [(case["architecture"], case["trainer"]) for case in cases] == [
+        ("hybrid", "rlscale"),
+        ("hybrid", "trl"),
+        ("mla", "rlscale"),
+        ("mla", "trl"),
+    ]
+    tokens = {round(case["tokens_per_s"] * case["step_s"]) for case in cases}
+    assert len(tokens) == 1
+    assert all(0 < case["flop_utilisation"] < 1 for case in cases)
+
+
+def test_ragged_lengths_have_about_the_mean_asked_and_the_longest() -> None:
+    lengths = ragged_lengths(64, mean=2048, longest=8192)
+    assert max(lengths) == 8192
+    assert sum(lengths) / 64 == pytest.approx(2048, rel=0.1)
+    batch = padded_batch(ragged_rollouts(SHAPE, ragged_lengths(8, 20, 60)), torch.device("cpu"))
+    assert batch["completion_mask"].sum(1).tolist() == ragged_lengths(8, 20, 60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "large"], "--preset large: choose tiny, small, 48b-a3b"),
+        (["--set", "hidden_size"], "--set hidden_size must read KEY=VALUE"),
+        (["--set", "hidden=3"], "no model setting hidden"),
+        (["--checkpoint", "/nowhere"], "--checkpoint /nowhere"),
+    ],
+)
+def test_bad_options_are_one_line_that_names_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert rlscale(monkeypatch, "doctor", "mismatch", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
