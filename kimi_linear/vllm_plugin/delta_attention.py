@@ -50,12 +50,12 @@ class DeltaMetadata(AttentionMetadata):
         split: which tokens decode and which prefill.
         slots: [N] int32, the cache slot of every sequence, the decode part first; -1 for the rows that only
             fill up a CUDA graph.
-        cu_seqlens: [P + 1] on the device, as `split` has it on the host.
+        cu_seqlens: [P + 1] on the device, as `split` has it on the host; None if nothing prefills.
     """
 
     split: BatchSplit
     slots: torch.Tensor
-    cu_seqlens: torch.Tensor
+    cu_seqlens: torch.Tensor | None
 
 
 class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
@@ -84,10 +84,12 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         fast_build: bool = False,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
         split = split_batch(common_attn_metadata)
-        starts = common_attn_metadata.query_start_loc[split.num_decodes : common_attn_metadata.num_reqs + 1]
-        return DeltaMetadata(
-            split, self.fill_slots(common_attn_metadata.block_table_tensor, split), starts - starts[0]
-        )
+        cu_seqlens = None
+        if split.num_prefills:
+            ends = common_attn_metadata.query_start_loc[split.num_decodes : common_attn_metadata.num_reqs + 1]
+            cu_seqlens = ends - ends[0]
+        slots = self.fill_slots(common_attn_metadata.block_table_tensor, split)
+        return DeltaMetadata(split, slots, cu_seqlens)
 
     def update_block_table(
         self,
