@@ -94,6 +94,9 @@ class RolloutConfig(Section):
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
     """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """What engines give up while a learner trains on the same GPU. 0: nothing. 1: latents and states; weights
+    move to the CPU's memory. 2: weights too, which the next sync brings back."""
 
 
 class NoAdapterConfig(Section):
@@ -284,6 +287,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"learner.updates_per_step={self.learner.updates_per_step} needs as many "
                 f"rollout.prompts_per_step, not {self.rollout.prompts_per_step}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_that_sleep_have_nothing_to_do(self) -> RunConfig:
+        if self.rollout.sleep_level and not isinstance(self.mode, SynchronousConfig):
+            raise ValueError(
+                f"rollout.sleep_level={self.rollout.sleep_level} needs mode.kind=synchronous, "
+                f"not {self.mode.kind}: engines generate while the learner trains"
             )
         return self
 

@@ -17,11 +17,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlscale.bubbles import StepWatch
+from rlscale.colocation import Trains
 from rlscale.config import LearnerConfig, RunConfig
 from rlscale.errors import UserError
 from rlscale.experience import Scorer, TrainingPrompts, evaluate
 from rlscale.flops import step_flops
-from rlscale.learner.actor import LearnerGroup
 from rlscale.learner.advantages import assign_advantages
 from rlscale.learner.examples import ptx_batches
 from rlscale.models import model_config
@@ -61,7 +61,7 @@ def train(
     config: RunConfig,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
-    learner: LearnerGroup,
+    learner: Trains,
     rollouts: RolloutPool,
     weights: WeightSynchronizer,
     run: RunFolder,
@@ -157,7 +157,7 @@ def train(
 
 
 def _keep_for_replay(
-    run: RunFolder, step: int, learner: LearnerGroup, batch: Batch, config: LearnerConfig
+    run: RunFolder, step: int, learner: Trains, batch: Batch, config: LearnerConfig
 ) -> UserError:
     """Saves a step that could not be taken; returns the error that ends the run."""
     with run.saving_for_replay(step) as folder:

@@ -31,3 +31,16 @@ def available_gpu_memory() -> int:
     """Bytes free on the current GPU, those included that this process holds and does not use."""
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def peak_gpu_memory() -> dict[str, float]:
+    """`learner_peak_gib`: most memory in use on the current GPU since the last call; empty without a GPU.
+
+    Gives back what is not in use, so that another process on the GPU can have it.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return {}
+    peak = torch.cuda.max_memory_allocated() / GIB
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return {"learner_peak_gib": peak}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from ray.util.placement_group import PlacementGroup
 
+from rlscale.colocation import TakesTurns
 from rlscale.config import AsynchronousConfig, RunConfig
 from rlscale.errors import LearnerDied, UserError
 from rlscale.events import RunEvent
@@ -144,7 +145,8 @@ class Workers(AbstractContextManager["Workers"]):
             first_version=checkpoint[0] if checkpoint else 0,
             verify=config.weight_sync.verify,
         )
-        for report in train(config, task, self.tokenizer, self.learner, self.rollouts, weights, run, stop):
+        learner = TakesTurns(self.learner, self.rollouts) if config.rollout.sleep_level else self.learner
+        for report in train(config, task, self.tokenizer, learner, self.rollouts, weights, run, stop):
             yield RunEvent(run.path.name, "training", report.step, report.metrics, report.evaluation)
 
     def _warm_start(

@@ -19,6 +19,7 @@ from rlscale.config import AlgorithmConfig, LearnerConfig, WarmStartConfig
 from rlscale.errors import LearnerDied
 from rlscale.learner.learner import Learner, LearnerSpec, threads
 from rlscale.learner.ranks import Ranks, free_address
+from rlscale.memory import peak_gpu_memory
 from rlscale.types import Example, Rollout
 from rlscale.weights.digests import Digests, digests
 from rlscale.weights.transport import Manifest, Transport
@@ -88,7 +89,8 @@ class LearnerWorker:
     def train_step(
         self, rollouts: Sequence[Rollout], temperature: float, examples: Sequence[Example]
     ) -> dict[str, float]:
-        return self.learner.train_step(rollouts, temperature, examples)
+        metrics = self.learner.train_step(rollouts, temperature, examples)
+        return metrics | peak_gpu_memory()
 
     def weight_digests(self, dtypes: Mapping[str, str]) -> Digests:
         return digests(self.learner.named_weights(), dtypes)

@@ -68,6 +68,7 @@ class EngineSpec:
             max_num_seqs=self.config.max_num_seqs,
             cache_gib=self.config.cache_gib,
             in_flight=self.in_flight,
+            sleep_level=self.config.sleep_level,
         )
 
 
@@ -130,6 +131,12 @@ class RolloutWorker:
         with incoming(manifest) as weights:
             self.engine.load_weights(weights, manifest.version)
         return manifest.version
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
 
     def weight_digests(self) -> Digests:
         return self.engine.weight_digests()

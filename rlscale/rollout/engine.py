@@ -70,6 +70,17 @@ class RolloutEngine(ABC):
         """Bytes of cache that one sequence of `tokens` tokens occupies, as this engine lays it out."""
 
     @abstractmethod
+    def sleep(self) -> None:
+        """Gives up memory of the accelerator until `wake`, where the engine was built for that.
+
+        Nothing may be in the making, and weights may have to come again.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Takes the memory back; waking an engine that is awake is harmless."""
+
+    @abstractmethod
     def close(self) -> None:
         """Frees the engine's memory and processes; calling it twice is harmless."""
 

@@ -221,6 +221,15 @@ class RolloutPool:
                     raise seat.load_error
             return [seat.version for seat in tried if seat.version is not None]
 
+    def sleep(self) -> None:
+        """Lets every engine give up its memory until `wake`; nothing may be in the making."""
+        self.ready()
+        gather([actor.sleep.remote() for actor in self.actors()], "rollout worker")
+
+    def wake(self) -> None:
+        """Lets every engine take its memory back."""
+        gather([actor.wake.remote() for actor in self.actors()], "rollout worker")
+
     def weight_digests(self) -> list[Digests]:
         """Digests of the weights that each engine serves."""
         self.ready()

@@ -139,6 +139,12 @@ class ReferenceEngine(RolloutEngine):
         """See `RolloutEngine.weight_digests`."""
         return digests(named_released_tensors(self._loaded))
 
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`: it gives up nothing."""
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that the cache of one sequence of `tokens` tokens needs, spare rows not counted."""
         return cache_size(self._config, self._dtype, self._dtype).at(tokens)

@@ -52,12 +52,14 @@ def start_engine(
     max_num_seqs: int,
     cache_gib: float,
     planted_contexts: bool = False,
+    sleeps: bool = False,
     step_by_step: bool = False,
 ) -> Any:
     """vLLM's own engine, in this process, with weights that mean nothing yet.
 
     Args:
         model, dtype, context, max_num_seqs, cache_gib: as for `VLLMEngine`.
+        sleeps: let the engine give up its memory and take it back; needs a GPU.
         planted_contexts: take contexts for computed where a request's name asks it; see `rollout.planted`.
         step_by_step: begin no step before the last one's tokens are known. A step under way while weights
             change would have its tokens labelled with the new version.
@@ -69,6 +71,8 @@ def start_engine(
         UserError: as for `VLLMEngine`.
     """
     on_cpu = not torch.cuda.is_available()
+    if sleeps and on_cpu:
+        raise UserError("rollout.sleep_level gives up a GPU's memory and there is no GPU: set it to 0")
     cache_bytes = int(cache_gib * GIB)
     if cache_bytes > (free := available_memory() if on_cpu else available_gpu_memory()):
         raise UserError(
@@ -102,6 +106,7 @@ def start_engine(
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "kv_transfer_config": connector,
+        "enable_sleep_mode": sleeps,
     }
     arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments()
     if step_by_step:
@@ -175,6 +180,7 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs: completions generated at the same time; the others wait.
         cache_gib: memory for latent cache and recurrent states, in GiB.
         in_flight: what new weights mean for completions in the making; see `InFlight`.
+        sleep_level: what `sleep` gives up, as `rollout.sleep_level` says.
 
     Raises:
         UserError: vLLM is not installed or does not serve this model on this device, the context exceeds the
@@ -189,6 +195,7 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs: int,
         cache_gib: float,
         in_flight: InFlight = "refuse",
+        sleep_level: int = 0,
     ) -> None:
         check_context(model, context)
         if find_spec("vllm") is None:
@@ -199,9 +206,16 @@ class VLLMEngine(RolloutEngine):
         self._context = context
         self._version: int | None = None
         self._in_flight = in_flight
+        self._sleep_level = sleep_level
         self._stop_token_ids = stop_token_ids(model)
         self._engine: Any = start_engine(
-            model, dtype, context, max_num_seqs, cache_gib, step_by_step=in_flight != "refuse"
+            model,
+            dtype,
+            context,
+            max_num_seqs,
+            cache_gib,
+            step_by_step=in_flight != "refuse",
+            sleeps=bool(sleep_level),
         )
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
@@ -267,6 +281,16 @@ class VLLMEngine(RolloutEngine):
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` tokens takes from vLLM's pool, in whole blocks."""
         return CachePool(self._engine).sequence_bytes(tokens)
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        if self._sleep_level:
+            self._engine.sleep(self._sleep_level)
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        if self._sleep_level and self._engine.is_sleeping():
+            self._engine.wake_up()
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
