@@ -97,7 +97,7 @@ PRESETS: dict[str, Architecture] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    # About 20M parameters. The latent is 512 + 64 because the GPU's MLA kernels take no other size.
+    # About 22M parameters. MLA's sizes are the released model's: vLLM's kernels on a GPU take no others.
     "small": Architecture(
         vocab_size=128,
         hidden_size=384,
@@ -107,9 +107,9 @@ PRESETS: dict[str, Architecture] = {
         linear_num_heads=6,
         linear_head_dim=64,
         num_attention_heads=6,
-        qk_nope_head_dim=64,
+        qk_nope_head_dim=128,
         qk_rope_head_dim=64,
-        v_head_dim=64,
+        v_head_dim=128,
         kv_lora_rank=512,
         first_k_dense_replace=8,
         model_max_length=32768,

@@ -4,6 +4,7 @@ import torch
 
 from kimi_linear.ops.arguments import kda_gate, l2_normalize, state_dtype
 from kimi_linear.ops.conv import convolution_step
+from kimi_linear.ops.norm import gated_rms_norm
 from kimi_linear.ops.reference import recurrent_step
 
 
@@ -69,6 +70,5 @@ def kda_decode_step(
         state.index_select(0, rows).to(high), key_dim**-0.5,
     )  # fmt: skip
     conv_state[rows], state[rows] = history, final.to(state.dtype)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps) * norm_weight.to(high)
-    out[used] = (o * output_gate.to(high).sigmoid()).to(out.dtype)
+    out[used] = gated_rms_norm(o, output_gate, norm_weight, eps).to(out.dtype)
     return out

@@ -12,8 +12,10 @@ from vllm.platforms import current_platform
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-# Latent sizes (kv_lora_rank, qk_rope_head_dim) for which vLLM's MLA backends on the GPU have kernels.
+# What vLLM's MLA backends on an H100 have kernels for: latent sizes (kv_lora_rank, qk_rope_head_dim) to
+# decode with, head sizes (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) to prefill with.
 GPU_LATENT_SIZES = ((512, 64),)
+GPU_HEAD_SIZES = ((128, 64, 128), (192, 64, 256), (64, 64, 128))
 
 
 class ServedConfig(KimiLinearConfig):
@@ -49,14 +51,23 @@ def check_model(config: KimiLinearConfig) -> None:
         raise ValueError(f"moe_router_activation_func={router!r}: only 'sigmoid' is served")
 
 
-def check_gpu_latent_size(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
-    """Raise ValueError for a latent size that vLLM's MLA backends have no GPU kernel for."""
-    if (kv_lora_rank, qk_rope_head_dim) not in GPU_LATENT_SIZES:
-        served = " or ".join(f"{rank} + {rope}" for rank, rope in GPU_LATENT_SIZES)
-        raise ValueError(
-            f"kv_lora_rank + qk_rope_head_dim = {kv_lora_rank} + {qk_rope_head_dim} has no MLA kernel on "
-            f"a GPU: use {served}, or serve this model on the CPU"
-        )
+def check_gpu_sizes(config: KimiLinearConfig) -> None:
+    """Raise ValueError for sizes of MLA that vLLM's backends have no GPU kernel for."""
+    rope = config.qk_rope_head_dim
+    for names, sizes, served in (
+        ("kv_lora_rank + qk_rope_head_dim", (config.kv_lora_rank, rope), GPU_LATENT_SIZES),
+        (
+            "qk_nope_head_dim + qk_rope_head_dim + v_head_dim",
+            (config.qk_nope_head_dim, rope, config.v_head_dim),
+            GPU_HEAD_SIZES,
+        ),
+    ):
+        if sizes not in served:
+            given, *others = (" + ".join(map(str, numbers)) for numbers in (sizes, *served))
+            raise ValueError(
+                f"{names} = {given} has no MLA kernel on a GPU: use {' or '.join(others)}, "
+                "or serve this model on the CPU"
+            )
 
 
 class EngineChecks(VerifyAndUpdateConfig):
@@ -67,7 +78,7 @@ class EngineChecks(VerifyAndUpdateConfig):
         config = model_config.hf_config
         check_model(config)
         if not current_platform.is_cpu():
-            check_gpu_latent_size(config.kv_lora_rank, config.qk_rope_head_dim)
+            check_gpu_sizes(config)
             if model_config.dtype == torch.float32:
                 raise ValueError("dtype=float32 has no MLA kernel on a GPU: use bfloat16")
 
@@ -94,13 +105,16 @@ def capture_decoding(vllm_config: "VllmConfig") -> None:
     """Decode by CUDA graphs of the whole model, and compile nothing: its kernels are fused already.
 
     Captured are the batch sizes that vLLM itself would take, and `max_num_seqs`, so that no batch of decoding
-    sequences is without a graph. Batches with prefills run kernel by kernel.
+    sequences is without a graph. Batches with prefills run kernel by kernel, and so do all batches of a model
+    with experts, whose tokens the host sends on their way.
     """
     compilation = vllm_config.compilation_config
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
-        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        config = vllm_config.model_config.hf_config
+        has_experts = any(is_sparse_layer(config, layer) for layer in range(config.num_hidden_layers))
+        compilation.cudagraph_mode = CUDAGraphMode.NONE if has_experts else CUDAGraphMode.FULL_DECODE_ONLY
     if compilation.cudagraph_capture_sizes is None and compilation.max_cudagraph_capture_size is None:
         most = vllm_config.scheduler_config.max_num_seqs
         sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most, 16)]

@@ -10,6 +10,7 @@ import torch
 
 from rlscale.rollout.engine import RolloutEngine, completion_seed
 from rlscale.types import Completion, FinishedGroup, GroupRequest
+from rlscale.weights.digests import Digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,18 @@ class InterruptingEngine(RolloutEngine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
         self._engine.load_weights(weights, version)
+
+    def weight_digests(self) -> Digests:
+        """See `RolloutEngine.weight_digests`."""
+        return self._engine.weight_digests()
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        self._engine.wake()
 
     def cache_bytes(self, tokens: int) -> int:
         """See `RolloutEngine.cache_bytes`."""

@@ -16,7 +16,7 @@ from kimi_linear.vllm_plugin.config import (
     EngineChecks,
     ServedConfig,
     capture_decoding,
-    check_gpu_latent_size,
+    check_gpu_sizes,
     check_model,
     is_sparse_layer,
 )
@@ -77,10 +77,15 @@ def test_vllm_reads_what_transformers_wrote(tmp_path: Path) -> None:
 def test_a_latent_without_a_gpu_kernel_is_refused_in_one_line_before_a_worker_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check_gpu_latent_size(512, 64)
+    check_gpu_sizes(preset("48b-a3b"))
     with pytest.raises(ValueError, match=r"64 \+ 16 has no MLA kernel on a GPU: use 512 \+ 64") as error:
-        check_gpu_latent_size(64, 16)
+        check_gpu_sizes(preset("tiny"))
     assert "\n" not in str(error.value)
+    narrow = preset("small", {"v_head_dim": 64})
+    with pytest.raises(
+        ValueError, match=r"128 \+ 64 \+ 64 has no MLA kernel on a GPU: use 128 \+ 64 \+ 128 or"
+    ):
+        check_gpu_sizes(narrow)
 
     served = SimpleNamespace(hf_config=preset("tiny"), dtype=torch.bfloat16)
     EngineChecks.verify_and_update_model_config(served)
@@ -95,28 +100,38 @@ def test_a_latent_without_a_gpu_kernel_is_refused_in_one_line_before_a_worker_st
         EngineChecks.verify_and_update_model_config(served)
 
 
+def captured(config: Any, most: int, compilation: CompilationConfig) -> CompilationConfig:
+    """What the plugin makes of a compilation config for a model and max_num_seqs."""
+    engine = SimpleNamespace(
+        compilation_config=compilation,
+        scheduler_config=SimpleNamespace(max_num_seqs=most),
+        model_config=SimpleNamespace(hf_config=config),
+    )
+    capture_decoding(engine)
+    return compilation
+
+
+def test_experts_run_without_graphs() -> None:
+    compilation = captured(preset("48b-a3b"), 8, CompilationConfig())
+    assert compilation.cudagraph_mode == CUDAGraphMode.NONE
+
+
 @pytest.mark.parametrize(("most", "sizes"), [(3, [1, 2, 3]), (24, [1, 2, 4, 8, 16, 24]), (300, None)])
 def test_decoding_on_a_gpu_has_a_graph_for_every_batch_size_up_to_max_num_seqs(
     most: int, sizes: list[int] | None
 ) -> None:
-    compilation = CompilationConfig()
-    engine = SimpleNamespace(
-        compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=most)
-    )
-    capture_decoding(engine)
+    compilation = captured(preset("small"), most, CompilationConfig())
     assert compilation.mode == CompilationMode.NONE
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
-    captured = compilation.cudagraph_capture_sizes
-    assert captured == sorted(set(captured))
-    assert captured[-1] == most
-    assert sizes is None or captured == sizes
+    found = compilation.cudagraph_capture_sizes
+    assert found == sorted(set(found))
+    assert found[-1] == most
+    assert sizes is None or found == sizes
 
 
 def test_decoding_on_a_gpu_keeps_what_the_user_chose() -> None:
     chosen = CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE, cudagraph_capture_sizes=[5])
-    capture_decoding(
-        SimpleNamespace(compilation_config=chosen, scheduler_config=SimpleNamespace(max_num_seqs=64))
-    )
+    captured(preset("small"), 64, chosen)
     assert (chosen.cudagraph_mode, chosen.cudagraph_capture_sizes) == (CUDAGraphMode.NONE, [5])
 
 
