@@ -70,5 +70,5 @@ def kda_decode_step(
         state.index_select(0, rows).to(high), key_dim**-0.5,
     )  # fmt: skip
     conv_state[rows], state[rows] = history, final.to(state.dtype)
-    out[used] = gated_rms_norm(o, output_gate, norm_weight, eps).to(out.dtype)
+    out[used] = gated_rms_norm(o.to(out.dtype), output_gate, norm_weight, eps)
     return out

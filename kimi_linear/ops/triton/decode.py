@@ -26,12 +26,12 @@ def load_window(x, window, channels, mask, C: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def convolve(rows, weight, channels, mask, W: tl.constexpr):
-    """SiLU of the newest output of the short convolution, in float32."""
+    """SiLU of the short convolution's newest output: float32, rounded as prefill and learner round it."""
     y = tl.zeros(channels.shape, dtype=tl.float32)
     for tap in tl.static_range(0, W):
         factor = tl.load(weight + channels * W + tap, mask=mask, other=0.0).to(tl.float32)
         y += factor * rows[tap].to(tl.float32)
-    return silu(y)
+    return silu(y).to(rows[W - 1].dtype).to(tl.float32)
 
 
 @triton.jit
@@ -122,6 +122,7 @@ def decode_kernel(
     shift_window(v_rows, window, v_channels, v_mask, C, W)
     s, output = delta_step(s, q, k, v, decay, b, scale)
     tl.store(state_at, s.to(state.dtype.element_ty), mask=state_mask)
+    output = output.to(o.dtype.element_ty).to(tl.float32)  # as prefill and learner keep it
     output *= tl.rsqrt(tl.sum(output * output, axis=0) / V + eps)
     output *= norm / (1.0 + tl.exp2(-gate * LOG2E))
     tl.store(o + row * V + vv, output.to(o.dtype.element_ty), mask=v_mask)
