@@ -85,7 +85,7 @@ def bench_rollout(
     from rlscale.bench.rollout import bench_rollout as measure
 
     workloads = [Workload(tokens, number or None) for tokens in context for number in sequences]
-    results = new_results(output, preset, overrides, dtype, cache_gib=cache_gib, steps=steps)
+    results = new_results(output, preset, overrides, dtype, {"cache_gib": cache_gib, "steps": steps})
     models = both_architectures(preset, overrides)
     for case in measure(models, workloads, prefill or [], getattr(torch, dtype.value), cache_gib, steps):
         report(results, case)
@@ -114,7 +114,7 @@ def bench_sync(
     from rlscale.config import RolloutConfig
     from rlscale.weights.transport import MIB, Transport
 
-    results = new_results(output, preset, overrides, dtype, bucket_mib=bucket_mib)
+    results = new_results(output, preset, overrides, dtype, {"bucket_mib": bucket_mib})
     way = Transport(transport.value, 1, bucket_mib * MIB, output.parent / "weights")
     config = RolloutConfig(engine=engine.value, cache_gib=cache_gib, max_num_seqs=4)
     model = both_architectures(preset, overrides)["hybrid"]
@@ -149,7 +149,8 @@ def bench_learner(
     from rlscale.bench.plots import plot_bars
     from rlscale.config import LearnerConfig
 
-    results = new_results(output, preset, overrides, dtype, tokens_per_micro_batch=tokens_per_micro_batch)
+    budget = {"tokens_per_micro_batch": tokens_per_micro_batch}
+    results = new_results(output, preset, overrides, dtype, budget)
     config = LearnerConfig(
         tokens_per_micro_batch=tokens_per_micro_batch, gradient_checkpointing=gradient_checkpointing
     )
@@ -201,7 +202,7 @@ def mismatch(
             raise UserError(f"--checkpoint {checkpoint}: {error}") from None
         is_hybrid = LINEAR_ATTENTION in policy.config.layer_types
         policies = {"hybrid" if is_hybrid else "mla": policy}
-    results = new_results(output, preset, overrides, dtype, temperature=temperature, seed=seed)
+    results = new_results(output, preset, overrides, dtype, {"temperature": temperature, "seed": seed})
     config = RolloutConfig(
         engine=engine.value, cache_gib=cache_gib, max_num_seqs=sequences, temperature=temperature
     )
@@ -235,12 +236,12 @@ def both_architectures(preset: str, overrides: list[str] | None) -> dict[Archite
 
 
 def new_results(
-    output: Path | None, preset: str, overrides: list[str] | None, dtype: Precision, **more: Any
+    output: Path | None, preset: str, overrides: list[str] | None, dtype: Precision, more: dict[str, Any]
 ) -> Results:
+    """An empty file of results that remembers the settings it comes from."""
     from rlscale.bench.results import Results
 
-    settings = {"preset": preset, "overrides": overrides or [], "dtype": dtype.value, **more}
-    return Results(output, settings)
+    return Results(output, {"preset": preset, "overrides": overrides or [], "dtype": dtype.value, **more})
 
 
 def report(results: Results, case: dict[str, Any]) -> None:
@@ -253,4 +254,5 @@ def report(results: Results, case: dict[str, Any]) -> None:
 
 
 def finish(results: Results, figures: list[Path]) -> None:
+    """Says where everything is."""
     typer.echo(f"{len(results.cases)} cases in {results.path}, {len(figures)} figures beside it")

@@ -68,11 +68,16 @@ def bench_learner(
 
 
 def ragged_lengths(sequences: int, mean: int, longest: int) -> list[int]:
-    """Lengths as RL's completions have them: many short, few long. Quantiles of the exponential distribution
-    whose mean is `mean` before it is cut at `longest`; the last is `longest` itself."""
+    """Lengths as RL's completions have them: many short, few long, in no order.
+
+    Quantiles of the exponential distribution whose mean is `mean` before it is cut at `longest`, which is one
+    of them; always the same for the same arguments.
+    """
     quantiles = [(i + 0.5) / sequences for i in range(sequences)]
     lengths = [max(1, min(longest, round(-mean * math.log(1 - u)))) for u in quantiles]
-    return [*lengths[:-1], longest]
+    lengths[-1] = longest
+    random.Random(0).shuffle(lengths)
+    return lengths
 
 
 def ragged_rollouts(shape: KimiLinearConfig, lengths: Sequence[int]) -> list[Rollout]:
@@ -91,7 +96,7 @@ def packed_step(
     model: KimiLinearForCausalLM, rollouts: Sequence[Rollout], config: LearnerConfig
 ) -> Callable[[], object]:
     """One optimizer step of this harness' learner on all rollouts."""
-    learner = Learner(model, config, GRPOConfig())
+    learner = Learner(model, config, GRPOConfig(), seed=0)
     return lambda: learner.train_step(rollouts, temperature=1.0)
 
 

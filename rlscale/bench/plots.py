@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rlscale.scaling import style
 from rlscale.scaling.style import ARCHITECTURES
@@ -17,7 +18,7 @@ Case = dict[str, Any]
 def plot_rollout(cases: Sequence[Case], out: Path) -> list[Path]:
     """Time per output token of fixed batches, tokens/s with the cache filled, and cache per sequence, each
     against the context. Returns the files written."""
-    decodes = [case for case in cases if case["kind"] == "decode"]
+    decodes = [case for case in cases if case["kind"] == "decode" and case["step_ms"] is not None]
     fixed = [case for case in decodes if not case["fills_cache"]]
     filled = [case for case in decodes if case["fills_cache"]]
     panels = [
@@ -41,7 +42,12 @@ def plot_rollout(cases: Sequence[Case], out: Path) -> list[Path]:
             axes.set_ylabel(label)
             if sequences is not None:
                 axes.set_title(f"{sequences} sequence{'s' if sequences > 1 else ''}")
-            if key != "step_ms":
+            if key == "step_ms":
+                axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+            else:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_minor_formatter(NullFormatter())
                 axes.yaxis.set_major_formatter(style.engineering())
         row[0].legend()
         out.mkdir(parents=True, exist_ok=True)
@@ -58,8 +64,16 @@ def against_context(axes: Axes, cases: Sequence[Case], key: str) -> None:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, color=look.colour, marker=look.marker, ls=look.line, label=look.label)
     style.length_axis(axes, [case["context"] for case in cases])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: binary(round(tokens))))
     axes.set_xlabel("context (tokens)")
-    axes.set_ylim(bottom=0)
+
+
+def binary(tokens: int) -> str:
+    """4096 as 4k, 1048576 as 1M."""
+    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if tokens >= unit:
+            return f"{tokens / unit:.3g}{letter}"
+    return str(tokens)
 
 
 def plot_bars(

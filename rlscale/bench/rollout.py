@@ -13,7 +13,6 @@ from transformers import KimiLinearConfig
 from kimi_linear.config import cache_size
 from rlscale.bench.results import release, synchronize
 from rlscale.config import Architecture
-from rlscale.errors import UserError
 from rlscale.memory import GIB
 from rlscale.rollout.vllm_engine import CachePool, start_engine
 
@@ -44,7 +43,8 @@ def bench_rollout(
 ) -> Iterator[dict[str, Any]]:
     """Cases as plain dictionaries, one architecture after the other, each in an engine of its own.
 
-    Decoding: `step_ms` (time per output token, scheduling and greedy sampling included), `tokens_per_s`.
+    Decoding: `step_ms` (time per output token, scheduling and greedy sampling included), `tokens_per_s`; both
+    None where so many sequences do not fit.
     Both kinds: `cache_bytes_per_sequence`, `sequences_that_fit`. Prefill of a single prompt: `prefill_s`.
     Weights are vLLM's random ones; contexts behind which an engine decodes are planted, not computed.
 
@@ -55,7 +55,7 @@ def bench_rollout(
         steps: decoding steps that a case is timed over.
 
     Raises:
-        UserError: the cache holds less than one workload, or the engine cannot start.
+        UserError: the engine cannot start.
     """
     longest = max([workload.context for workload in workloads] + list(prefills))
     room = longest + steps + 4 * _WARM_STEPS
@@ -98,11 +98,16 @@ class EngineBench:
         tokens = workload.context + self._steps + 4 * _WARM_STEPS
         fit = self._pool.sequences(tokens)
         sequences = fit if workload.sequences is None else workload.sequences
+        case: dict[str, Any] = {
+            "context": workload.context,
+            "sequences": sequences,
+            "fills_cache": workload.sequences is None,
+            "step_ms": None,
+            "tokens_per_s": None,
+            **self._cache(workload.context),
+        }
         if not 0 < sequences <= fit:
-            raise UserError(
-                f"the cache holds {fit} sequences of {tokens} tokens, not {max(1, sequences)}: "
-                "raise --cache-gib or lower the context"
-            )
+            return case
         names = self._add(sequences, workload.context, planted=True)
         try:
             while len(self._scheduler.running) < sequences:
@@ -113,14 +118,9 @@ class EngineBench:
                 raise RuntimeError(f"{len(self._scheduler.running)} of {sequences} sequences still decode")
         finally:
             self._abort(names)
-        return {
-            "context": workload.context,
-            "sequences": sequences,
-            "fills_cache": workload.sequences is None,
-            "step_ms": 1e3 * seconds / self._steps,
-            "tokens_per_s": sequences * self._steps / seconds,
-            **self._cache(workload.context),
-        }
+        case["step_ms"] = 1e3 * seconds / self._steps
+        case["tokens_per_s"] = sequences * self._steps / seconds
+        return case
 
     def prefill(self, length: int) -> dict[str, Any]:
         """Seconds from a prompt to its first token, the second time: the first one compiles kernels."""

@@ -33,10 +33,11 @@ class LearnerSide:
     transport: Transport
 
     def serve(self, channel: Connection) -> None:
-        """Answers a version with its manifest, dtypes with digests of the newest, until the pipe closes."""
+        """Says that it is ready. Answers a version with its manifest, dtypes with digests of the newest."""
         with torch.device(self.device):
             model = KimiLinearForCausalLM(self.model).to(self.dtype)
         publisher = self.transport.publisher()
+        channel.send("ready")
         while True:
             try:
                 asked = channel.recv()
@@ -73,6 +74,7 @@ def bench_sync(
     there.close()
     engine = EngineSpec(model, dtype, _CONTEXT, config).build()
     try:
+        here.recv()
         for version in range(repeats):
             synchronize()
             started = time.perf_counter()
