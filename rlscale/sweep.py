@@ -129,6 +129,11 @@ def check(config: RunConfig) -> None:
     interruption = interruption_of(config.algorithm, tokenizer)
     added = interruption.tokens if interruption else 0
     longest = prompt + config.budget + added
+    if config.rollout.context is not None and longest > config.rollout.context:
+        raise UserError(
+            f"rollout.context={config.rollout.context} does not hold a prompt of {prompt} tokens, a budget "
+            f"of {config.budget} and an interruption of {added}: raise it to {longest} or more"
+        )
     if longest > model.max_position_embeddings:
         raise UserError(
             f"a prompt of {prompt} tokens, a budget of {config.budget} and an interruption of {added} exceed "

@@ -54,7 +54,7 @@ class Workers(AbstractContextManager["Workers"]):
         self.model_config = model_config(config.model, config.architecture)
         self.tokenizer = tokenizer_for(config.model)
         dtype = getattr(torch, config.model.dtype)
-        context = self.model_config.max_position_embeddings
+        context = config.rollout.context or self.model_config.max_position_embeddings
         self._stack = ExitStack()
         with self._stack:
             in_flight: InFlight = "refuse"

@@ -50,6 +50,7 @@ def mla_checkpoint(tmp_path: Path) -> Path:
         ("task.required_length=5000", "context"),
         ("rollout.max_tokens=9000", "context"),
         ("learner.tokens_per_micro_batch=8", "tokens_per_micro_batch"),
+        ("rollout.context=6", "rollout.context=6 does not hold a prompt of"),
         ("model.overrides.hiden_size=4", "hiden_size"),
         ("model.checkpoint=nowhere", "nowhere"),
         ("algorithm.kind=ppo", "grpo"),
