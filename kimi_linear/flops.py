@@ -19,7 +19,7 @@ from transformers import KimiLinearConfig
 from kimi_linear.config import FULL_ATTENTION
 
 CHUNK_SIZE = 64
-"""Tokens of a KDA chunk, as in the paper and in `kimi_linear.ops`."""
+"""Tokens of a KDA chunk, as in the paper and in the GPU's kernels."""
 
 
 @dataclass(frozen=True)

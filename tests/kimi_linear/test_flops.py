@@ -11,6 +11,7 @@ from transformers import KimiLinearConfig
 from kimi_linear.config import LINEAR_ATTENTION, mla_twin, preset
 from kimi_linear.flops import CHUNK_SIZE, Flops, forward_flops, generation_flops, training_flops
 from kimi_linear.model import KimiLinearForCausalLM
+from kimi_linear.ops import chunked
 
 # No two sizes alike, so that no mix-up of two cancels.
 SHAPE = {
@@ -77,7 +78,7 @@ def test_every_product_of_the_hybrid_is_counted_and_kda_as_the_paper_counts_it(l
     assert flops.mixing == mla + kda
     # What the CPU's path spends inside chunks: two triangles of scores, one square times values, and a solve
     # that the counter does not see.
-    inside = heads * (2 * tokens * (CHUNK_SIZE - 1) * dim + 2 * tokens * CHUNK_SIZE * dim)
+    inside = heads * (2 * tokens * (chunked.CHUNK_SIZE - 1) * dim + 2 * tokens * chunked.CHUNK_SIZE * dim)
     seen_of_kda = heads * 6 * tokens * dim**2 + inside
     elsewhere = flops.total - flops.mixing - unseen(config, tokens)
     assert counted(config, lengths) == elsewhere + 2 * mla + seen_of_kda
