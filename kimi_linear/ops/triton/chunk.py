@@ -8,8 +8,10 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from kimi_linear.ops.triton.gradient import gradient_kernel
+from kimi_linear.ops.triton.gradient_hopper import gradient_hopper_kernel
 from kimi_linear.ops.triton.packing import CHUNK, chunk_table
 from kimi_linear.ops.triton.prepare import prepare_kernel
+from kimi_linear.ops.triton.prepare_hopper import TILE, WARPS, prepare_hopper_kernel
 from kimi_linear.ops.triton.scan import scan_backward_kernel, scan_forward_kernel
 from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE, SOFTPLUS_GATE
 
@@ -18,7 +20,8 @@ MAX_HEAD_SIZE = 256
 # Fixed by measurement (benchmarks/NOTES.md): channels of a tile and warps. Loops are not pipelined through
 # shared memory: their tiles live in registers.
 PREPARE_OPTIONS = {"BK": 64, "num_warps": 4, "num_stages": 1}
-GRADIENT_OPTIONS = {"BK": 32, "num_warps": 4, "num_stages": 1}
+HOPPER_OPTIONS = {"num_warps": WARPS}
+GRADIENT_OPTIONS = {"BK": 16, "num_warps": 4, "num_stages": 1}
 WIDE_GRADIENT_OPTIONS = {"BK": 32, "num_warps": 2, "num_stages": 1}
 SCAN_STAGES = 3
 
@@ -96,7 +99,12 @@ class Problem:
         warps are too few for them): unpipelined ones read past their operands in Triton 3.6."""
         return self.padded_key_dim * self.operand.itemsize > 256
 
-    def scan_options(self) -> tuple[dict[str, int], int]:
+    def on_hopper(self, device: torch.device) -> bool:
+        """Whether `prepare_hopper_kernel` serves this problem."""
+        fits = self.operand == torch.bfloat16 and self.key_dim % TILE == 0 and self.key_dim <= 128
+        return fits and torch.cuda.get_device_capability(device)[0] == 9
+
+    def scan_options(self, backward: bool = False) -> tuple[dict[str, int], int]:
         """Value channels a program, pipeline depth, and the number of slices they make."""
         # The scan is a chain of dependent steps: fewer channels a program shorten a step and fill more
         # multiprocessors, but each slice reads all keys again. So: the widest slice that still fills them.
@@ -106,7 +114,7 @@ class Problem:
         if self.wide:
             block, stages, warps = 16, 1, 2
         else:
-            stages, warps = (2, 8) if block == 64 else (SCAN_STAGES, 4)
+            stages, warps = (2, 8) if block == 64 else (2 if backward else SCAN_STAGES, 4)
         options = {"BV": block, "num_warps": warps, "num_stages": stages}
         return options, triton.cdiv(self.value_dim, block)
 
@@ -120,8 +128,9 @@ class Prepared:
     write_keys: torch.Tensor
     decay: torch.Tensor
     scales: torch.Tensor
-    inverse: torch.Tensor
     attention: torch.Tensor
+    inverse: torch.Tensor | None
+    write_rest: torch.Tensor | None
 
 
 def prepare(
@@ -132,14 +141,25 @@ def prepare(
     beta: torch.Tensor,
     a_log: torch.Tensor | None,
     dt_bias: torch.Tensor | None,
+    backward: bool = False,
 ) -> Prepared:
     blocks = (p.chunks, p.value_heads)
-    keys = torch.empty(3, *blocks, CHUNK, p.padded_key_dim, dtype=p.operand, device=q.device)
-    squares = torch.empty(2, *blocks, CHUNK, CHUNK, dtype=p.operand, device=q.device)
+    split = backward and p.operand != torch.float32
+    keys = torch.empty(4 if split else 3, *blocks, CHUNK, p.padded_key_dim, dtype=p.operand, device=q.device)
+    squares = torch.empty(2 if backward else 1, *blocks, CHUNK, CHUNK, dtype=p.operand, device=q.device)
     decay = torch.empty(*blocks, p.padded_key_dim, dtype=torch.float32, device=q.device)
     scales = torch.empty(*blocks, 3, CHUNK, dtype=torch.float32, device=q.device)
-    prepared = Prepared(keys[0], keys[1], keys[2], decay, scales, squares[0], squares[1])
-    prepare_kernel[(p.chunks * p.value_heads,)](
+    prepared = Prepared(
+        read_keys=keys[0],
+        queries=keys[1],
+        write_keys=keys[2],
+        decay=decay,
+        scales=scales,
+        attention=squares[0],
+        inverse=squares[1] if backward else None,
+        write_rest=keys[3] if split else None,
+    )
+    arguments = (
         q,
         k,
         g,
@@ -152,18 +172,34 @@ def prepare(
         prepared.decay,
         prepared.scales,
         prepared.inverse,
+        prepared.write_rest,
         prepared.attention,
         p.table,
         p.cu_seqlens,
         p.tokens,
         p.sequences,
         p.lower_bound,
-        H=p.heads,
-        SOLVE_PRECISION="tf32x3" if p.operand == torch.float32 else "tf32",
-        **fit(PREPARE_OPTIONS, p.padded_key_dim),
-        **p.sizes,
-        **p.activations,
     )
+    grid = (p.chunks * p.value_heads,)
+    if p.on_hopper(q.device):
+        prepare_hopper_kernel[grid](
+            *arguments,
+            H=p.heads,
+            HV=p.value_heads,
+            K=p.key_dim,
+            VARLEN=p.cu_seqlens is not None,
+            **p.activations,
+            **HOPPER_OPTIONS,
+        )
+    else:
+        prepare_kernel[grid](
+            *arguments,
+            H=p.heads,
+            EXACT="tf32x3",
+            **fit(PREPARE_OPTIONS, p.padded_key_dim),
+            **p.sizes,
+            **p.activations,
+        )
     return prepared
 
 
@@ -209,7 +245,7 @@ def new_final_state(p: Problem, like: torch.Tensor) -> torch.Tensor:
 
 
 class ChunkKDA(torch.autograd.Function):
-    """Keeps its inputs alone; the backward pass computes the rest again (about an eighth of its time)."""
+    """Keeps its inputs alone; the backward pass computes the rest again (about a quarter of its time)."""
 
     @staticmethod
     def forward(ctx, p, q, k, v, g, beta, a_log, dt_bias, initial_state, output_final_state):
@@ -233,7 +269,7 @@ class ChunkKDA(torch.autograd.Function):
         value_shape = (*blocks, CHUNK, p.padded_value_dim)
         # Value channels that a slice pads are never written, and the gradient reads them: zeros.
         new = torch.empty if p.value_dim == p.padded_value_dim else torch.zeros
-        prepared = prepare(p, q, k, g, beta, a_log, dt_bias)
+        prepared = prepare(p, q, k, g, beta, a_log, dt_bias, backward=True)
         states = new(state_shape, dtype=p.operand, device=v.device)
         deltas = new(value_shape, dtype=p.operand, device=v.device)
         scan_forward(p, prepared, v, None, initial_state, None, states, deltas)
@@ -241,14 +277,14 @@ class ChunkKDA(torch.autograd.Function):
         state_grads = new(state_shape, dtype=p.operand, device=v.device)
         error_grads = new(value_shape, dtype=p.operand, device=v.device)
         initial_state_grad = torch.empty_like(initial_state) if ctx.needs_input_grad[8] else None
-        options, slices = p.scan_options()
+        options, slices = p.scan_options(backward=True)
         scan_backward_kernel[(slices, p.sequences * p.value_heads)](
             prepared.read_keys,
             prepared.queries,
             prepared.write_keys,
+            prepared.write_rest,
             prepared.decay,
             prepared.scales,
-            prepared.inverse,
             prepared.attention,
             do,
             final_state_grad,
@@ -273,7 +309,7 @@ class ChunkKDA(torch.autograd.Function):
         dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
         bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
         rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
-        gradient_kernel[(p.chunks * p.value_heads,)](
+        arguments = (
             q,
             k,
             g,
@@ -298,14 +334,29 @@ class ChunkKDA(torch.autograd.Function):
             p.sequences,
             p.scale,
             p.lower_bound,
-            H=p.heads,
-            V=p.value_dim,
-            VP=p.padded_value_dim,
-            BV=min(64, p.padded_value_dim),
-            **fit(WIDE_GRADIENT_OPTIONS if p.wide else GRADIENT_OPTIONS, p.padded_key_dim),
-            **p.sizes,
-            **p.activations,
         )
+        grid = (p.chunks * p.value_heads,)
+        if p.on_hopper(q.device) and groups == 1 and p.value_dim == p.padded_value_dim >= TILE:
+            gradient_hopper_kernel[grid](
+                *arguments,
+                HV=p.heads,
+                K=p.key_dim,
+                V=p.value_dim,
+                VARLEN=p.cu_seqlens is not None,
+                **p.activations,
+                **HOPPER_OPTIONS,
+            )
+        else:
+            gradient_kernel[grid](
+                *arguments,
+                H=p.heads,
+                V=p.value_dim,
+                VP=p.padded_value_dim,
+                BV=min(64, p.padded_value_dim),
+                **fit(WIDE_GRADIENT_OPTIONS if p.wide else GRADIENT_OPTIONS, p.padded_key_dim),
+                **p.sizes,
+                **p.activations,
+            )
         if groups > 1:
             dq = dq.unflatten(2, (p.heads, groups)).sum(3).to(q.dtype)
             dk = dk.unflatten(2, (p.heads, groups)).sum(3).to(k.dtype)

@@ -18,11 +18,12 @@ from kimi_linear.ops.triton.tiles import (
     NO_GATE,
     double_segments,
     double_sub_chunks,
-    level_exponent,
+    level_decay,
     level_mask,
     load_tile,
     log2_decay,
-    outer_exponent,
+    multiply,
+    outer_decay,
     place_chunk,
     store_tile,
     sub_chunk_totals,
@@ -248,8 +249,8 @@ def gradient_kernel(
         k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
         inside = inside_tile(rows, k_start, K, S, A, BK)
         f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)
-        before = tl.where(inside, log2_decay(f, 0.0, rate, lower_bound, GATE), 0.0)
-        after = tl.zeros_like(before)
+        before = tl.where(inside, tl.exp2(log2_decay(f, 0.0, rate, lower_bound, GATE)), 1.0)
+        after = tl.full([A, S, BK], 1.0, dtype=tl.float32)
 
         # The diagonal of P, which no decay touches.
         own = tl.where(same, near_pair, nothing)
@@ -261,7 +262,7 @@ def gradient_kernel(
         g_rows = tl.zeros([A, S, BK], dtype=tl.float32)
         g_columns = tl.zeros([A, S, BK], dtype=tl.float32)
         for level in tl.static_range(4):
-            d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
+            d = level_decay(before, after, 1 << level, A, S, BK)
             k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
             q_decayed = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
             down = level_mask(a[:, None], a[None, :], 1 << level)[None, :, :]
@@ -279,11 +280,11 @@ def gradient_kernel(
             before, after = double_segments(before, after, 1 << level, A, S, BK)
 
         totals = sub_chunk_totals(before, A)
-        offset_before = tl.zeros_like(totals)
-        offset_after = tl.zeros_like(totals)
+        offset_before = tl.full([1, S, BK], 1.0, dtype=tl.float32)
+        offset_after = tl.full([1, S, BK], 1.0, dtype=tl.float32)
         g_offsets = tl.zeros_like(totals)
         for level in tl.static_range(2):
-            d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1 << level, S))
+            d = outer_decay(before, after, offset_before, offset_after, 1 << level, S)
             k_decayed = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
             q_decayed = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
             if level == 0:
@@ -338,7 +339,7 @@ def gradient_kernel(
             to_row2 = tl.dot(recall_grad, tl.trans(state), acc=to_row2, input_precision=PRECISION)
             to_column2 = tl.dot(delta, tl.trans(state_grad), acc=to_column2, input_precision=PRECISION)
             through += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32), axis=1)
-        d = tl.exp2(before + offset_before)
+        d = before * offset_before
         to_q = tl.permute(tl.reshape(to_q2, [S, A, BK]), (1, 0, 2)) * d
         to_k = tl.permute(tl.reshape(to_row2, [S, A, BK]), (1, 0, 2)) * d
         q_grad += to_q
@@ -347,13 +348,13 @@ def gradient_kernel(
         g_rows += to_g
         to_g = tl.sum(to_g, axis=0, keep_dims=True)
         g_offsets += tl.cumsum(to_g, axis=1, reverse=True) - to_g
-        to_k = tl.permute(tl.reshape(to_column2, [S, A, BK]), (1, 0, 2)) * tl.exp2(after + offset_after)
+        to_k = tl.permute(tl.reshape(to_column2, [S, A, BK]), (1, 0, 2)) * (after * offset_after)
         k_grad += to_k
         to_g = k_tile * to_k
         g_columns += to_g
         to_g = tl.sum(to_g, axis=0, keep_dims=True)
         g_offsets += tl.cumsum(to_g, axis=1) - to_g
-        g_offsets += (through * tl.exp2(tl.reshape(tl.sum(totals, axis=1), [BK])))[None, None, :]
+        g_offsets += (through * tl.reshape(tl.reduce(totals, 1, multiply), [BK]))[None, None, :]
         # A row decays over the tokens up to it, a column over those behind it.
         g_grad = (
             tl.cumsum(g_rows, axis=0, reverse=True) + tl.cumsum(g_columns, axis=0) - g_columns + g_offsets

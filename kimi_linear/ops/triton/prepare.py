@@ -1,6 +1,4 @@
-"""What a chunk can compute without the state: the decayed keys and queries, the attention inside, its
-inverse.
-"""
+"""What a chunk can compute without the state, so that the scan is left with four products a chunk."""
 
 import triton
 import triton.language as tl
@@ -9,11 +7,12 @@ from kimi_linear.ops.triton.tiles import (
     LOG2E,
     double_segments,
     double_sub_chunks,
-    level_exponent,
+    level_decay,
     level_mask,
     load_tile,
     log2_decay,
-    outer_exponent,
+    multiply,
+    outer_decay,
     place_chunk,
     store_tile,
     sub_chunk_totals,
@@ -107,6 +106,42 @@ def load_row_scales(scales, block, tokens, C: tl.constexpr):
 
 
 @triton.jit
+def assemble(near, mid, far):
+    """A lower triangular matrix [64, 64] from its blocks: [4, 16, 16] on the diagonal, [2, 16, 16] between
+    neighbours and [1, 32, 32] between the halves.
+    """
+    first, second = halves(near, 2, 16)
+    zeros = tl.zeros_like(mid)
+    near = stack_rows(stack_columns(first, zeros), stack_columns(mid, second))
+    first, second = halves(near, 1, 32)
+    return tl.reshape(
+        stack_rows(stack_columns(first, tl.zeros_like(far)), stack_columns(far, second)), [64, 64]
+    )
+
+
+@triton.jit
+def load_decays(
+    g,
+    rows,
+    start,
+    hv,
+    dt_bias,
+    rate,
+    lower_bound,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """Every token's own decay [A, S, D]; 1 where there is no token or channel."""
+    f = load_raw_gate(g, rows, start, hv, dt_bias, HV * K, K, S, A, D)
+    d = tl.exp2(log2_decay(f, 0.0, rate, lower_bound, GATE))
+    return tl.where(inside_tile(rows, start, K, S, A, D), d, 1.0)
+
+
+@triton.jit
 def prepare_kernel(
     q,
     k,
@@ -120,6 +155,7 @@ def prepare_kernel(
     decay,
     scales,
     inverse,
+    write_rest,
     attention,
     chunk_table,
     cu_seqlens,
@@ -137,15 +173,22 @@ def prepare_kernel(
     NORMALIZE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    SOLVE_PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program a chunk and value head; G is the log decay summed from the chunk's start.
 
-    Writes, in the order of the tokens, read_keys = k exp(G), queries = q exp(G), write_keys = k exp(G_C - G)
-    [64, KP] each; decay = exp(G_C) [KP]; attention = q k^T decayed, lower triangle, and
-    inverse = diag(rk) (I + diag(beta rk) (k k^T decayed, strictly lower) diag(rk))^-1, both [64, 64]; and
-    scales [3, 64]: rq and rk, the inverse norms (1 unless NORMALIZE), and beta. q and k stay as they came:
-    the norms are sums over all channels, known at the end, and cost the scans one product a row.
+    With P = q k^T decayed, lower triangle, and
+    inverse = diag(rk) (I + diag(beta rk) (k k^T decayed, strictly lower) diag(rk))^-1, both [64, 64], writes
+
+    read_keys = k exp(G), queries = q exp(G), write_keys = inverse^T k exp(G_C - G), [64, KP] each;
+    attention = P inverse [64, 64]; decay = exp(G_C) [KP]; and scales [3, 64]: rq and rk, the inverse norms
+    (1 unless NORMALIZE), and beta. Only where they are given: `inverse` itself, and `write_rest`, what
+    write_keys lose when they are rounded to OPERAND.
+
+    The scans see nothing else of the inverse. Between keys that are nearly the same it takes differences, so
+    here everything up to its products is multiplied in more than OPERAND's precision, and rounded last. q
+    and k stay as they came: the norms are sums over all channels, known at the end, and cost the scans one
+    product a row.
     """
     A: tl.constexpr = 16
     S: tl.constexpr = 4
@@ -174,27 +217,24 @@ def prepare_kernel(
     mid_gram = tl.zeros([S // 2, A, A], dtype=tl.float32)
     far_attention = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
     far_gram = tl.zeros([1, 2 * A, 2 * A], dtype=tl.float32)
+    out = block * (C * KP)
     for k_start in tl.range(0, KP, BK):
-        q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK)
-        k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK)
-        q_rows = tl.permute(q_tile.to(OPERAND), (1, 0, 2))
-        k_rows = tl.permute(k_tile.to(OPERAND), (1, 0, 2))
+        q_tile = load_tile(q + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+        k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+        q_rows = tl.permute(q_tile, (1, 0, 2))
+        k_rows = tl.permute(k_tile, (1, 0, 2))
         k_columns = tl.permute(k_rows, (0, 2, 1))
         # The diagonals: q . k, which no decay touches, and the squared norms.
         near_attention += tl.where(same, tl.dot(q_rows, k_columns, input_precision=PRECISION), 0.0)
         if NORMALIZE:
             near_gram += tl.where(same, tl.dot(k_rows, k_columns, input_precision=PRECISION), 0.0)
             q_gram = tl.dot(q_rows, tl.permute(q_rows, (0, 2, 1)), acc=q_gram, input_precision=PRECISION)
-        q_tile = q_tile.to(tl.float32)
-        k_tile = k_tile.to(tl.float32)
-        f = load_raw_gate(g + g_base, rows, k_start, hv, dt_bias, HV * K, K, S, A, BK)
-        before = log2_decay(f, 0.0, rate, lower_bound, GATE)
-        before = tl.where(inside_tile(rows, k_start, K, S, A, BK), before, 0.0)
-        after = tl.zeros_like(before)
+        before = load_decays(g + g_base, rows, k_start, hv, dt_bias, rate, lower_bound, HV, K, S, A, BK, GATE)
+        after = tl.full([A, S, BK], 1.0, dtype=tl.float32)
         for level in tl.static_range(4):
-            d = tl.exp2(level_exponent(before, after, 1 << level, A, S, BK))
-            k_rows = tl.permute((k_tile * d).to(OPERAND), (1, 0, 2))
-            q_rows = tl.permute((q_tile * d).to(OPERAND), (1, 0, 2))
+            d = level_decay(before, after, 1 << level, A, S, BK)
+            k_rows = tl.permute(k_tile * d, (1, 0, 2))
+            q_rows = tl.permute(q_tile * d, (1, 0, 2))
             k_columns = tl.permute(k_rows, (0, 2, 1))
             inside = level_mask(a[:, None], a[None, :], 1 << level)[None, :, :]
             near_attention += tl.where(inside, tl.dot(q_rows, k_columns, input_precision=PRECISION), 0.0)
@@ -202,32 +242,29 @@ def prepare_kernel(
             before, after = double_segments(before, after, 1 << level, A, S, BK)
 
         totals = sub_chunk_totals(before, A)
-        offset_before = tl.zeros_like(totals)
-        offset_after = tl.zeros_like(totals)
-        d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 1, S))
-        k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
-        _q_columns, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 2, A)
+        offset_before = tl.full([1, S, BK], 1.0, dtype=tl.float32)
+        offset_after = tl.full([1, S, BK], 1.0, dtype=tl.float32)
+        d = outer_decay(before, after, offset_before, offset_after, 1, S)
+        k_columns, k_rows = halves(tl.permute(k_tile * d, (1, 0, 2)), 2, A)
+        _q_columns, q_rows = halves(tl.permute(q_tile * d, (1, 0, 2)), 2, A)
         k_columns = tl.permute(k_columns, (0, 2, 1))
         mid_attention = tl.dot(q_rows, k_columns, acc=mid_attention, input_precision=PRECISION)
         mid_gram = tl.dot(k_rows, k_columns, acc=mid_gram, input_precision=PRECISION)
         offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 1, S, BK)
-        d = tl.exp2(outer_exponent(before, after, offset_before, offset_after, 2, S))
-        k_columns, k_rows = halves(tl.permute((k_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
-        _q_columns, q_rows = halves(tl.permute((q_tile * d).to(OPERAND), (1, 0, 2)), 1, 2 * A)
+        d = outer_decay(before, after, offset_before, offset_after, 2, S)
+        k_columns, k_rows = halves(tl.permute(k_tile * d, (1, 0, 2)), 1, 2 * A)
+        _q_columns, q_rows = halves(tl.permute(q_tile * d, (1, 0, 2)), 1, 2 * A)
         k_columns = tl.permute(k_columns, (0, 2, 1))
         far_attention += product(q_rows, k_columns, PRECISION)
         far_gram += product(k_rows, k_columns, PRECISION)
         offset_before, offset_after = double_sub_chunks(offset_before, offset_after, totals, 2, S, BK)
 
-        out = block * (C * KP)
-        d = tl.exp2(before + offset_before)
+        d = before * offset_before
         store_tile(queries + out, q_tile * d, KP, C, k_start, KP, S, A, BK)
         store_tile(read_keys + out, k_tile * d, KP, C, k_start, KP, S, A, BK)
-        d = tl.exp2(after + offset_after)
-        store_tile(write_keys + out, k_tile * d, KP, C, k_start, KP, S, A, BK)
-        whole = tl.sum(totals, axis=1, keep_dims=True)
+        whole = tl.expand_dims(tl.reduce(totals, 1, multiply), 1)
         channel_offsets = k_start + tl.arange(0, BK)[None, None, :] + tl.zeros([1, 1, 1], dtype=tl.int32)
-        tl.store(decay + block * KP + channel_offsets, tl.exp2(whole))
+        tl.store(decay + block * KP + channel_offsets, whole)
 
     near_token = s[:, None] * A + a[None, :]
     b = load_beta(beta, start * HV + hv, near_token * HV, near_token < rows, BETA_SIGMOID)
@@ -249,36 +286,52 @@ def prepare_kernel(
     near = tl.where(same, 1.0, near)
     for level in tl.static_range(1, 4):
         part = tl.where(level_mask(a[:, None], a[None, :], 1 << level)[None, :, :], near_gram, 0.0)
-        part = tl.dot(part, near, input_precision=SOLVE_PRECISION)
-        near -= tl.dot(near, part, input_precision=SOLVE_PRECISION)
+        part = tl.dot(part, near, input_precision=EXACT)
+        near -= tl.dot(near, part, input_precision=EXACT)
     first, second = halves(near, 2, A)
     token = tl.arange(0, 2)[:, None] * (2 * A) + a[None, :]
     _, column_norm, _ = load_row_scales(scales, block, token, C)
     _, row_norm, row_b = load_row_scales(scales, block, token + A, C)
     mid_gram *= (row_norm * row_b)[:, :, None] * column_norm[:, None, :]
-    mid = tl.dot(mid_gram, first, input_precision=SOLVE_PRECISION)
-    mid = -tl.dot(second, mid, input_precision=SOLVE_PRECISION)
+    mid = tl.dot(mid_gram, first, input_precision=EXACT)
+    mid = -tl.dot(second, mid, input_precision=EXACT)
     blocks = stack_rows(stack_columns(first, tl.zeros_like(first)), stack_columns(mid, second))
     first, second = halves(blocks, 1, 2 * A)
     token = tl.arange(0, 2 * A)[None, :]
     _, column_norm, _ = load_row_scales(scales, block, token, C)
-    _, far_norm, far_b = load_row_scales(scales, block, token + 2 * A, C)
-    far_gram *= (far_norm * far_b)[:, :, None] * column_norm[:, None, :]
-    far = product(far_gram, first, SOLVE_PRECISION)
-    far = -product(second, far, SOLVE_PRECISION)
+    _, row_norm, row_b = load_row_scales(scales, block, token + 2 * A, C)
+    far_gram *= (row_norm * row_b)[:, :, None] * column_norm[:, None, :]
+    far = product(far_gram, first, EXACT)
+    far = -product(second, far, EXACT)
 
-    square = block * (C * C)
-    at = square + s[:, None, None] * (A * C + A) + a[None, :, None] * C + a[None, None, :]
-    tl.store(attention + at, near_attention.to(OPERAND))
-    tl.store(inverse + at, (near * k_norm[:, :, None]).to(OPERAND))
-    at = square + tl.arange(0, 2)[:, None, None] * (2 * (A * C + A)) + a[None, :, None] * C + a[None, None, :]
-    tl.store(attention + at + A * C, mid_attention.to(OPERAND))
-    tl.store(inverse + at + A * C, (mid * row_norm[:, :, None]).to(OPERAND))
-    tl.store(attention + at + A, tl.zeros([2, A, A], dtype=OPERAND))
-    tl.store(inverse + at + A, tl.zeros([2, A, A], dtype=OPERAND))
-    half = tl.arange(0, 2 * A)
-    at = square + half[None, :, None] * C + half[None, None, :]
-    tl.store(attention + at + 2 * A * C, far_attention.to(OPERAND))
-    tl.store(inverse + at + 2 * A * C, (far * far_norm[:, :, None]).to(OPERAND))
-    tl.store(attention + at + 2 * A, tl.zeros([1, 2 * A, 2 * A], dtype=OPERAND))
-    tl.store(inverse + at + 2 * A, tl.zeros([1, 2 * A, 2 * A], dtype=OPERAND))
+    solve = assemble(near, mid, far)
+    n = tl.arange(0, C)
+    _, row_norm, _ = load_row_scales(scales, block, n, C)
+    solve *= row_norm[:, None]
+    at = block * (C * C) + n[:, None] * C + n[None, :]
+    if inverse is not None:
+        tl.store(inverse + at, solve.to(OPERAND))
+    scores = tl.dot(assemble(near_attention, mid_attention, far_attention), solve, input_precision=EXACT)
+    tl.store(attention + at, scores.to(OPERAND))
+
+    solve = tl.trans(solve)
+    for k_start in tl.range(0, KP, BK):
+        k_tile = load_tile(k + qk_base, H * K, rows, k_start, K, S, A, BK).to(tl.float32)
+        before = load_decays(g + g_base, rows, k_start, hv, dt_bias, rate, lower_bound, HV, K, S, A, BK, GATE)
+        after = tl.full([A, S, BK], 1.0, dtype=tl.float32)
+        for level in tl.static_range(4):
+            before, after = double_segments(before, after, 1 << level, A, S, BK)
+        totals = sub_chunk_totals(before, A)
+        offset_before = tl.full([1, S, BK], 1.0, dtype=tl.float32)
+        offset_after = tl.full([1, S, BK], 1.0, dtype=tl.float32)
+        for level in tl.static_range(2):
+            offset_before, offset_after = double_sub_chunks(
+                offset_before, offset_after, totals, 1 << level, S, BK
+            )
+        writes = tl.reshape(tl.permute(k_tile * (after * offset_after), (1, 0, 2)), [C, BK])
+        writes = tl.dot(solve, writes, input_precision=EXACT)
+        write_at = out + n[:, None] * KP + k_start + tl.arange(0, BK)[None, :]
+        rounded = writes.to(OPERAND)
+        tl.store(write_keys + write_at, rounded)
+        if write_rest is not None:
+            tl.store(write_rest + write_at, (writes - rounded.to(tl.float32)).to(OPERAND))

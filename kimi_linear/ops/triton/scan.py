@@ -55,11 +55,10 @@ def scan_forward_kernel(
 ):
     """Per chunk, with S the state at its start:
 
-    delta = inverse beta (v - rk read_keys S);  o = scale rq (queries S + attention delta);
-    S <- decay S + write_keys^T delta.
+    e = beta (v - rk read_keys S);  o = scale rq (queries S + attention e);  S <- decay S + write_keys^T e.
 
-    With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and delta for the
-    backward pass; without `o` computes no output.
+    With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and
+    delta = inverse e for the backward pass; without `o` computes no output.
     """
     C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV
@@ -84,10 +83,7 @@ def scan_forward_kernel(
     square_offsets = n[:, None] * C + n[None, :]
     for chunk in tl.range(0, tl.cdiv(length, C)):
         keys = tl.load(read_keys + block * (C * KP) + key_offsets)
-        query = tl.load(queries + block * (C * KP) + key_offsets)
         writes = tl.load(write_keys + block * (C * KP) + key_offsets)
-        solve = tl.load(inverse + block * (C * C) + square_offsets)
-        scores = tl.load(attention + block * (C * C) + square_offsets)
         q_norm, k_norm, gain = load_row_scales(scales, block, n, C)
         forget = tl.load(decay + block * KP + kk)
         v_offsets = v_base + n[:, None] * (HV * V) + vv[None, :]
@@ -99,15 +95,19 @@ def scan_forward_kernel(
             tl.store(states + block * (KP * VP) + kk[:, None] * VP + vv[None, :], state_operand)
         recalled = tl.dot(keys, state_operand, input_precision=PRECISION)
         error = values * gain[:, None] - recalled * (gain * k_norm)[:, None]
-        delta = tl.dot(solve, error.to(OPERAND), input_precision=PRECISION).to(OPERAND)
+        error = error.to(OPERAND)
         if deltas is not None:
-            tl.store(deltas + block * (C * VP) + n[:, None] * VP + vv[None, :], delta)
+            solve = tl.load(inverse + block * (C * C) + square_offsets)
+            delta = tl.dot(solve, error, input_precision=PRECISION)
+            tl.store(deltas + block * (C * VP) + n[:, None] * VP + vv[None, :], delta.to(OPERAND))
         if o is not None:
+            query = tl.load(queries + block * (C * KP) + key_offsets)
+            scores = tl.load(attention + block * (C * C) + square_offsets)
             output = tl.dot(query, state_operand, input_precision=PRECISION)
-            output = tl.dot(scores, delta, acc=output, input_precision=PRECISION)
+            output = tl.dot(scores, error, acc=output, input_precision=PRECISION)
             output *= (q_norm * scale)[:, None]
             tl.store(o + v_offsets, output.to(o.dtype.element_ty), mask=mask)
-        state = tl.dot(tl.trans(writes), delta, acc=state * forget[:, None], input_precision=PRECISION)
+        state = tl.dot(tl.trans(writes), error, acc=state * forget[:, None], input_precision=PRECISION)
         block += HV
         v_base += C * HV * V
 
@@ -120,9 +120,9 @@ def scan_backward_kernel(
     read_keys,
     queries,
     write_keys,
+    write_rest,
     decay,
     scales,
-    inverse,
     attention,
     do,
     final_state_grad,
@@ -145,7 +145,7 @@ def scan_backward_kernel(
 ):
     """`scan_forward_kernel` transposed. Per chunk, last first, with dS the gradient of the state at its end:
 
-    derror = inverse^T (attention^T (scale rq do) + write_keys dS);
+    derror = attention^T (scale rq do) + write_keys dS;
     dS <- decay dS + queries^T (scale rq do) - read_keys^T (beta rk derror).
 
     Writes dS to `state_grads` [chunks, HV, KP, VP] and derror to `error_grads` [chunks, HV, 64, VP].
@@ -176,7 +176,6 @@ def scan_backward_kernel(
         keys = tl.load(read_keys + block * (C * KP) + key_offsets)
         query = tl.load(queries + block * (C * KP) + key_offsets)
         writes = tl.load(write_keys + block * (C * KP) + key_offsets)
-        solve = tl.load(inverse + block * (C * C) + square_offsets)
         scores = tl.load(attention + block * (C * C) + square_offsets)
         forget = tl.load(decay + block * KP + kk)
         v_offsets = v_base + n[:, None] * (HV * V) + vv[None, :]
@@ -187,9 +186,15 @@ def scan_backward_kernel(
 
         grad_operand = grad.to(OPERAND)
         tl.store(state_grads + block * (KP * VP) + kk[:, None] * VP + vv[None, :], grad_operand)
-        delta_grad = tl.dot(tl.trans(scores), output_grad, input_precision=PRECISION)
-        delta_grad = tl.dot(writes, grad_operand, acc=delta_grad, input_precision=PRECISION)
-        error_grad = tl.dot(tl.trans(solve), delta_grad.to(OPERAND), input_precision=PRECISION)
+        error_grad = tl.dot(tl.trans(scores), output_grad, input_precision=PRECISION)
+        error_grad = tl.dot(writes, grad_operand, acc=error_grad, input_precision=PRECISION)
+        if tl.float32 != OPERAND:
+            # write_keys are differences of keys. Where keys are nearly equal, their products with dS are far
+            # smaller than what rounding either would add to them.
+            rest = (grad - grad_operand.to(tl.float32)).to(OPERAND)
+            error_grad = tl.dot(writes, rest, acc=error_grad, input_precision=PRECISION)
+            writes = tl.load(write_rest + block * (C * KP) + key_offsets)
+            error_grad = tl.dot(writes, grad_operand, acc=error_grad, input_precision=PRECISION)
         tl.store(error_grads + block * (C * VP) + n[:, None] * VP + vv[None, :], error_grad.to(OPERAND))
         grad = tl.dot(tl.trans(query), output_grad, acc=grad * forget[:, None], input_precision=PRECISION)
         recall_grad = error_grad * (-gain * k_norm)[:, None]

@@ -6,9 +6,9 @@ between threads. Memory is always in the order of the tokens.
 
 Decays between two tokens of a chunk, exp(G_i - G_j) for i > j, are never split around an anchor that could
 overflow. Level h of a binary tree pairs the second half (rows) of each segment of 2h tokens with its first
-half (columns); a row decays from the middle of the segment to i, a column from j to the middle. Both
-exponents are sums of log decays, so at most 0, and neither looks at a token later than i. All exponents are
-in base 2.
+half (columns); a row decays from the middle of the segment to i, a column from j to the middle. Both are
+products of the tokens' own decays, so at most 1, and neither looks at a token later than i. Products of
+decays, unlike sums of their logarithms, keep their relative precision and need one exponential a token.
 """
 
 import triton
@@ -146,11 +146,16 @@ def log2_decay(f, bias, rate, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def level_exponent(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """Exponent of every token at level h < A: from the segment's middle for rows, up to it for columns.
+def multiply(x, y):
+    return x * y
 
-    `before` [A, S, D] sums the log decay over a token's own segment of h tokens up to and with it, `after`
-    over the tokens behind it.
+
+@triton.jit
+def level_decay(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """Decay of every token at level h < A: from the segment's middle for rows, up to it for columns.
+
+    `before` [A, S, D] multiplies the decays of a token's own segment of h tokens up to and with it, `after`
+    those of the tokens behind it.
     """
     x = tl.reshape(before, [A // (2 * h), 2, h, S, D])
     y = tl.reshape(after, [A // (2 * h), 2, h, S, D])
@@ -160,7 +165,7 @@ def level_exponent(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.conste
 
 @triton.jit
 def double_segments(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """The sums of `level_exponent` over segments of 2h tokens, from those over segments of h."""
+    """The products of `level_decay` over segments of 2h tokens, from those over segments of h."""
     x = tl.reshape(before, [A // (2 * h), 2, h, S, D])
     y = tl.reshape(after, [A // (2 * h), 2, h, S, D])
     second = tl.arange(0, 2)[None, :, None, None, None] == 1
@@ -169,40 +174,41 @@ def double_segments(before, after, h: tl.constexpr, A: tl.constexpr, S: tl.const
     first_total = tl.sum(first_total, axis=2, keep_dims=True)
     second_total = tl.sum(tl.where(last & second, x, 0.0), axis=1, keep_dims=True)
     second_total = tl.sum(second_total, axis=2, keep_dims=True)
-    x = tl.where(second, x + first_total, x)
-    y = tl.where(second, y, y + second_total)
+    x = tl.where(second, x * first_total, x)
+    y = tl.where(second, y, y * second_total)
     return tl.reshape(x, [A, S, D]), tl.reshape(y, [A, S, D])
 
 
 @triton.jit
 def sub_chunk_totals(before, A: tl.constexpr):
-    """Log decay of whole sub-chunks [1, S, D], once `before` sums over segments of A tokens."""
+    """Decay over whole sub-chunks [1, S, D], once `before` multiplies over segments of A tokens."""
     last = tl.arange(0, A)[:, None, None] == A - 1
     return tl.sum(tl.where(last, before, 0.0), axis=0, keep_dims=True)
 
 
 @triton.jit
 def double_sub_chunks(offset_before, offset_after, totals, h: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """As `double_segments`, for segments of h sub-chunks: sums over those before and behind each one.
+    """As `double_segments`, for segments of h sub-chunks: products over those before and behind each one.
 
     All three are [1, S, D]; sub-chunk s itself is in neither offset.
     """
     second = tl.arange(0, 2)[None, :, None, None] == 1
     t = tl.reshape(totals, [S // (2 * h), 2, h, D])
-    first_total = tl.sum(tl.sum(tl.where(second, 0.0, t), axis=2, keep_dims=True), axis=1, keep_dims=True)
-    second_total = tl.sum(tl.sum(tl.where(second, t, 0.0), axis=2, keep_dims=True), axis=1, keep_dims=True)
+    halves = tl.reduce(t, 2, multiply, keep_dims=True)
+    first_total = tl.sum(tl.where(second, 0.0, halves), axis=1, keep_dims=True)
+    second_total = tl.sum(tl.where(second, halves, 0.0), axis=1, keep_dims=True)
     x = tl.reshape(offset_before, [S // (2 * h), 2, h, D])
     y = tl.reshape(offset_after, [S // (2 * h), 2, h, D])
-    x = tl.where(second, x + first_total, x)
-    y = tl.where(second, y, y + second_total)
+    x = tl.where(second, x * first_total, x)
+    y = tl.where(second, y, y * second_total)
     return tl.reshape(x, [1, S, D]), tl.reshape(y, [1, S, D])
 
 
 @triton.jit
-def outer_exponent(before, after, offset_before, offset_after, h: tl.constexpr, S: tl.constexpr):
-    """As `level_exponent`, at the level that pairs halves of h sub-chunks."""
+def outer_decay(before, after, offset_before, offset_after, h: tl.constexpr, S: tl.constexpr):
+    """As `level_decay`, at the level that pairs halves of h sub-chunks."""
     second = (tl.arange(0, S) // h) % 2 == 1
-    return tl.where(second[None, :, None], before + offset_before, after + offset_after)
+    return tl.where(second[None, :, None], before * offset_before, after * offset_after)
 
 
 @triton.jit

@@ -1,0 +1,133 @@
+"""The Gluon kernels against the Triton kernels that they stand in for, on the CPU, both interpreted.
+
+Both interpreters are chosen when kernels are imported, so these tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_hopper_kernels_agree_with_the_portable_ones_under_the_interpreters() -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    from unittest import mock
+
+    from gluon_interpreter import load_interpreted
+
+    from kimi_linear.ops.triton import chunk
+    from kimi_linear.ops.triton.gradient import gradient_kernel
+    from kimi_linear.ops.triton.prepare import prepare_kernel
+
+    PREPARE = "kimi_linear.ops.triton.prepare_hopper"
+    prepare_hopper = load_interpreted(PREPARE)
+    with mock.patch.dict(sys.modules, {PREPARE: prepare_hopper}):
+        gradient_hopper = load_interpreted("kimi_linear.ops.triton.gradient_hopper")
+
+    # What the Hopper kernels take of the portable ones' constants.
+    SHARED = ("HV", "K", "VARLEN", "GATE", "BETA_SIGMOID", "NORMALIZE")
+
+    @pytest.fixture(autouse=True)
+    def _fresh_seed() -> None:
+        print("torch.manual_seed:", torch.seed())
+
+    class BothKernels:
+        """Launches the portable kernel, then the Hopper kernel on the same inputs, rounded to bfloat16, and
+        compares what they wrote.
+        """
+
+        def __init__(self, portable, hopper, written, rounded, names) -> None:  # type: ignore[no-untyped-def]
+            self.portable, self.hopper = portable, hopper
+            self.written, self.rounded, self.names = written, rounded, names
+            self.errors: dict[str, float] = {}
+
+        def __getitem__(self, grid):  # type: ignore[no-untyped-def]
+            def launch(*arguments, **constants):  # type: ignore[no-untyped-def]
+                self.portable[grid](*arguments, **constants)
+                own = list(arguments)
+                for i, x in enumerate(own):
+                    if isinstance(x, torch.Tensor) and i in self.rounded:
+                        own[i] = x.bfloat16()
+                    if isinstance(x, torch.Tensor) and i in self.written:
+                        own[i] = torch.full_like(own[i], float("nan"))
+                self.hopper[grid](*own, **{name: constants[name] for name in (*SHARED, *self.names)})
+                for i, name in self.written.items():
+                    expected = arguments[i]
+                    if expected is not None:
+                        # Chunks that a packed batch does not use are written by neither kernel.
+                        used = ~own[i].isnan()
+                        error = (own[i].float() - expected)[used].norm()
+                        error /= expected[used].norm().clamp(min=1e-12)
+                        self.errors[name] = max(float(error), self.errors.get(name, 0.0))
+                        assert used.float().mean() > 0.5
+
+            return launch
+
+    def run_both(monkeypatch, inputs, **options):  # type: ignore[no-untyped-def]
+        """Forward and backward with the portable kernels; errors of both Hopper kernels on the way."""
+        prepare = BothKernels(
+            prepare_kernel,
+            prepare_hopper.prepare_hopper_kernel,
+            {6: "read_keys", 7: "queries", 8: "write_keys", 9: "decay", 11: "inverse", 13: "attention"},
+            {0, 1, 2, 3, 6, 7, 8, 11, 13},
+            ("H",),
+        )
+        gradient = BothKernels(
+            gradient_kernel,
+            gradient_hopper.gradient_hopper_kernel,
+            {11: "dq", 12: "dk", 13: "dv", 14: "dg", 15: "dbeta", 16: "bias", 17: "rate"},
+            {0, 1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15},
+            ("V",),
+        )
+        monkeypatch.setattr(chunk, "prepare_kernel", prepare)
+        monkeypatch.setattr(chunk, "gradient_kernel", gradient)
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        o, state = chunk.chunk_kda(**inputs, output_final_state=True, **options)
+        torch.autograd.grad(
+            (o, state), leaves, (torch.randn_like(o).bfloat16().float(), torch.randn_like(state))
+        )
+        return prepare.errors, gradient.errors
+
+    def new_inputs(tokens: int, heads: int, size: int, activated: bool) -> dict[str, torch.Tensor]:
+        shape = (1, tokens, heads, size)
+        inputs = {name: torch.randn(shape).bfloat16().float() for name in "qkvg"}
+        inputs["beta"] = torch.randn(shape[:3]).bfloat16().float()
+        if activated:
+            choice = torch.tensor([0.0, -20.0, -1000.0, -0.125])[torch.randint(0, 4, shape)]
+            inputs["g"] = torch.where(torch.rand(shape) < 0.3, choice, -torch.rand(shape).bfloat16().float())
+            inputs["beta"] = torch.rand(shape[:3]).bfloat16().float()
+        else:
+            inputs["A_log"] = torch.empty(heads).uniform_(1, 16).log()
+            inputs["dt_bias"] = torch.randn(heads * size) - 3
+        return inputs
+
+    @pytest.mark.parametrize(
+        ("bounds", "heads", "size", "activated", "lower_bound"),
+        [([0, 70], 1, 64, False, None), ([0, 1, 1, 40], 2, 32, False, -5.0), ([0, 64], 1, 32, True, None)],
+    )
+    def test_both_kernels_write_what_the_portable_ones_write(  # type: ignore[no-untyped-def]
+        monkeypatch, bounds, heads, size, activated, lower_bound
+    ) -> None:
+        options = {
+            "use_qk_l2norm_in_kernel": True,
+            "use_gate_in_kernel": not activated,
+            "use_beta_sigmoid_in_kernel": not activated,
+            "lower_bound": lower_bound,
+            "cu_seqlens": torch.tensor(bounds) if len(bounds) > 2 else None,
+        }
+        prepared, gradients = run_both(monkeypatch, new_inputs(bounds[-1], heads, size, activated), **options)
+        assert set(prepared) == {"read_keys", "queries", "write_keys", "decay", "inverse", "attention"}
+        assert {"dq", "dk", "dv", "dg", "dbeta"} <= set(gradients)
+        print(prepared, gradients)
+        assert max(prepared.values()) < 0.003
+        for name, error in gradients.items():
+            # Both are sums of both signs over many rounded products, down to one number a chunk.
+            assert error < (0.1 if name in ("rate", "dbeta") else 0.01)
