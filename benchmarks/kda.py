@@ -3,11 +3,16 @@
     python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers]
 
 Medians of repeated calls by device events, normal inputs, bfloat16, K = V = 128, the unbounded gate.
-The file is written again after every case, so a run cut short leaves what it measured.
+The file is written again after every case, so a run cut short leaves what it measured. It begins with the
+first training step of the process, compilation included, and ends with the length from which the kernels
+are ahead of full attention.
 """
 
 import argparse
 import importlib
+import os
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import kda_decode
-from benchmarks.timing import Results, bytes_per_ms, median_ms, released_gate
+from benchmarks.timing import Results, bytes_per_ms, graph_ms, median_ms, released_gate
 from kimi_linear.ops.triton import chunk_kda
 
 HEAD_DIM = 128
@@ -83,7 +88,23 @@ def time_attention(tokens: int, heads: int, backward: bool) -> float:
     return median_ms(call)
 
 
-def ragged(tokens: int) -> torch.Tensor:
+def first_call_seconds() -> float:
+    """Seconds of one forward and backward with nothing compiled yet."""
+    inputs = layer_inputs(1024, 32)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        start = time.perf_counter()
+        o = run_forward(chunk_kda, inputs, None)
+        torch.autograd.grad(o, leaves, torch.randn_like(o))
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    del os.environ["TRITON_CACHE_DIR"]
+    return seconds
+
+
+def doubling(tokens: int) -> torch.Tensor:
     """Boundaries of a packed batch whose lengths double from 1 until `tokens` are used."""
     ends = [0]
     while ends[-1] < tokens:
@@ -91,35 +112,78 @@ def ragged(tokens: int) -> torch.Tensor:
     return torch.tensor(ends, device="cuda")
 
 
+def short(tokens: int) -> torch.Tensor:
+    """Boundaries of a packed batch of lengths 1 to 200, over and over."""
+    ends = [0]
+    while ends[-1] < tokens:
+        ends.append(min(tokens, ends[-1] + 1 + 37 * len(ends) % 200))
+    return torch.tensor(ends, device="cuda")
+
+
+PACKINGS = {"uniform": None, "ragged, doubling lengths": doubling, "ragged, 1 to 200 tokens": short}
+# Packing, batch, tokens, heads.
+SHAPES = (
+    *(("uniform", 1, tokens, 32) for tokens in (512, 1024, 2048, 4096, 8192, 32768, 131072)),
+    *(("uniform", 1, 8192, heads) for heads in (16, 96)),
+    ("uniform", 8, 2048, 32),
+    *((packing, 1, 8192, 32) for packing in PACKINGS if packing != "uniform"),
+)
+LONGEST_ATTENTION = 32768
+
+
+def crossover(ours: dict[int, float], attention: dict[int, float]) -> int | None:
+    """The shortest measured length from which the kernels are ahead at every longer one, or None."""
+    ahead = None
+    for tokens in sorted(attention, reverse=True):
+        if ours[tokens] > attention[tokens]:
+            break
+        ahead = tokens
+    return ahead
+
+
 def measure(results: Results, peer: Callable | None, attention: bool) -> None:
+    results.add(
+        case="first forward + backward of a process", B=1, T=1024, H=32, first_call_s=first_call_seconds()
+    )
     bandwidth = bytes_per_ms()
-    shapes = [
-        ("uniform", 1, 8192, 32),
-        ("uniform", 1, 1024, 32),
-        ("uniform", 1, 4096, 32),
-        ("uniform", 1, 32768, 32),
-        ("uniform", 1, 8192, 16),
-        ("uniform", 1, 8192, 96),
-        ("uniform", 8, 2048, 32),
-        ("ragged", 1, 8192, 32),
-    ]
     kda_decode.measure(results, bandwidth)
+    inputs = layer_inputs(1024, 32)
+    with torch.no_grad():
+        ours = graph_ms([lambda: run_forward(chunk_kda, inputs, None)] * 10)
+        theirs = graph_ms([lambda: run_forward(peer, inputs, None)] * 10) if peer else None
+    floor = 5 * inputs["q"].nbytes / bandwidth
+    results.add(
+        case="forward, uniform, in a CUDA graph",
+        B=1,
+        T=1024,
+        H=32,
+        D=HEAD_DIM,
+        gate="unbounded",
+        ours_ms=ours,
+        fla_ms=theirs,
+        flashkda_ms=None,
+        floor_ms=floor,
+        times_floor=ours / floor,
+        peak_bytes=None,
+    )
     for backward in (False, True):
-        for packing, batch, tokens, heads in shapes:
-            if backward and heads == 96:
-                continue
+        name = "forward + backward" if backward else "forward"
+        lengths: tuple[dict[int, float], dict[int, float]] = ({}, {})
+        for packing, batch, tokens, heads in SHAPES:
             inputs = layer_inputs(tokens, heads, batch)
-            cu_seqlens = ragged(tokens) if packing == "ragged" else None
-            one = inputs["q"].nbytes
+            boundaries = PACKINGS[packing]
+            cu_seqlens = None if boundaries is None else boundaries(tokens)
             ours, peak = time_kernel(chunk_kda, inputs, backward, cu_seqlens)
             theirs = None if peer is None else time_kernel(peer, inputs, backward, cu_seqlens)[0]
-            full = (
-                time_attention(tokens, heads, backward)
-                if attention and batch == 1 and cu_seqlens is None
-                else None
-            )
+            full = None
+            if attention and packing == "uniform" and batch == 1 and tokens <= LONGEST_ATTENTION:
+                full = time_attention(tokens, heads, backward)
+                if heads == 32:
+                    lengths[0][tokens], lengths[1][tokens] = ours, full
+            # q, k, v, g and o once; backwards again, with the output's gradient and four results.
+            floor = (14 if backward else 5) * inputs["q"].nbytes / bandwidth
             results.add(
-                case=f"{'forward + backward' if backward else 'forward'}, {packing}",
+                case=f"{name}, {packing}",
                 B=batch,
                 T=tokens,
                 H=heads,
@@ -129,10 +193,12 @@ def measure(results: Results, peer: Callable | None, attention: bool) -> None:
                 fla_ms=theirs,
                 flashkda_ms=None,
                 attention_ms=full,
-                # q, k, v, g and o once; backwards again, with the output's gradient and four results.
-                floor_ms=(14 if backward else 5) * one / bandwidth,
+                floor_ms=floor,
+                times_floor=ours / floor,
                 peak_bytes=peak,
             )
+        if attention:
+            results.add(case=f"{name}, ahead of full attention from", T=crossover(*lengths), H=32)
 
 
 def main() -> None:
