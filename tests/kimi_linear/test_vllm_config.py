@@ -20,6 +20,7 @@ from kimi_linear.vllm_plugin.config import (
     check_model,
     is_sparse_layer,
 )
+from kimi_linear.vllm_plugin.delta_attention import state_dtypes
 
 
 def model_config(folder: Path, settings: dict[str, Any]) -> Any:
@@ -109,6 +110,21 @@ def captured(config: Any, most: int, compilation: CompilationConfig) -> Compilat
     )
     capture_decoding(engine)
     return compilation
+
+
+@pytest.mark.parametrize(
+    ("convolution", "state", "expected"),
+    [
+        ("auto", "auto", (torch.bfloat16, torch.float32)),
+        ("float32", "auto", (torch.float32, torch.float32)),
+        ("auto", "bfloat16", (torch.bfloat16, torch.bfloat16)),
+    ],
+)
+def test_caches_have_the_models_dtype_and_float32_unless_chosen_otherwise(
+    convolution: str, state: str, expected: tuple[torch.dtype, torch.dtype]
+) -> None:
+    chosen = SimpleNamespace(mamba_cache_dtype=convolution, mamba_ssm_cache_dtype=state)
+    assert state_dtypes(torch.bfloat16, chosen) == expected
 
 
 def test_experts_run_without_graphs() -> None:
