@@ -58,7 +58,8 @@ class StepWatch:
         return self._laps | {
             "step_s": total_s,
             "learner_idle_fraction": 1 - self._laps["learner_s"] / total_s,
-            "rollout_idle_fraction": 1 - busy_s / (self._rollouts.workers * total_s),
-            "rollout_occupancy": completion_s / (self._rollouts.places * total_s),
+            # A slice that began before the step counts whole: the shares may miss their bounds by one slice.
+            "rollout_idle_fraction": max(0.0, 1 - busy_s / (self._rollouts.workers * total_s)),
+            "rollout_occupancy": min(1.0, completion_s / (self._rollouts.places * total_s)),
             "worker_deaths": usage.deaths - self._usage.deaths,
         }

@@ -97,6 +97,13 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
             r"'algorithm\.kl': known here are clip_high, clip_low, importance, interruption, kind, mean, sc",
         ),
         (RunConfig, "algorithm: {interruption: {text: ''}}", r"algorithm\.interruption\.text: .*at least 1"),
+        (RunConfig, "mode: {max_staleness: 2}", r"'mode\.max_staleness': known here are kind$"),
+        (
+            RunConfig,
+            "mode: {kind: one_step_off, in_flight: keep}",
+            r"'mode\.in_flight': known here are kind$",
+        ),
+        (RunConfig, "mode: {kind: asynchronous, max_staleness: 0}", r"mode\.max_staleness: .*\(given: 0\)"),
         (RunConfig, "algorithm: {kind: ppo}", r"algorithm\.kind: must be one of 'grpo', .*\(given: 'ppo'\)"),
         (
             RunConfig,

@@ -23,7 +23,7 @@ from rlscale.rollout.interruption import InterruptingEngine
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.runs import RunFolder, read_run
 from rlscale.tasks import make_task
-from rlscale.types import Completion
+from rlscale.types import Completion, GenerationReport
 from rlscale.weights.base import SyncReport
 
 
@@ -69,7 +69,7 @@ def run(
     latest = folder.latest_checkpoint()
     if latest:
         learner.load(latest[1])
-    engine: RolloutEngine = ReferenceEngine(model, torch.float32, 64, 64)
+    engine: RolloutEngine = ReferenceEngine(model, torch.float32, 64, 5, in_flight="recompute")
     if interruption := interruption_of(config.algorithm, tokenizer_for(config.model)):
         engine = InterruptingEngine(engine, interruption)
     pool = LocalPool(engine)
@@ -146,6 +146,48 @@ class CoinScorer(Scorer):
         for rollout, one in zip(group.rollouts, passed, strict=True):
             rollout.reward = float(one)
         return dataclasses.replace(group, passed=passed)
+
+
+def test_in_the_asynchronous_mode_tokens_keep_the_bound_and_evaluations_are_the_newest_policys_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_by: list[set[int]] = []
+    generate = LocalPool.generate
+
+    def recorded(pool: LocalPool, prompts: object, sampling: object) -> GenerationReport:
+        report = generate(pool, prompts, sampling)
+        drawn_by.append({v for group in report.completions for c in group for v in c.weight_versions})
+        return report
+
+    monkeypatch.setattr(LocalPool, "generate", recorded)
+    config = settings(
+        mode={"kind": "asynchronous", "max_staleness": 1}, evaluation={"every": 1, "prompts": 3}
+    )
+    with RunFolder.create(tmp_path / "run", config) as folder:
+        first = run(config, folder, stop_after=3)
+    assert drawn_by == [{0}, {1}, {2}, {3}]
+    with RunFolder.resume(tmp_path / "run", config) as folder:
+        second = run(config, folder)
+    assert drawn_by[4:] == [{3}, {4}]
+    assert [step["weight_version"] for step in first[1:3] + second] == [1, 2, 3, 4]
+    for step in first[1:] + second:
+        assert step["staleness_max"] <= 1
+        assert sum(step["staleness_histogram"]) > 0
+        assert step["groups_accepted"] == step["weight_version"] * 4 + step["groups_waiting"]
+        assert step["groups_submitted"] == (
+            step["groups_accepted"] + step["groups_filtered"] + step["groups_running"]
+        )
+    assert max(step["staleness_max"] for step in first[1:] + second) == 1
+
+
+def test_every_metric_of_a_step_is_explained(tmp_path: Path) -> None:
+    explained = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for mode in ("synchronous", "asynchronous"):
+        config = settings(mode={"kind": mode}, steps=1)
+        with RunFolder.create(tmp_path / mode, config) as folder:
+            run(config, folder)
+        (step,) = read_run(tmp_path / mode).metrics
+        assert [name for name in step if f"`{name}`" not in explained] == []
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "one_step_off"])

@@ -17,6 +17,7 @@ from rlscale.cluster import connect, reserve
 from rlscale.config import RolloutConfig
 from rlscale.errors import UserError
 from rlscale.rollout.actor import EngineSpec
+from rlscale.rollout.engine import group_requests
 from rlscale.rollout.pool import RolloutPool, even_slices
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.types import Completion, Sampling
@@ -86,7 +87,8 @@ def start(engine: str, **settings: float) -> Iterator[tuple[RolloutPool, Learner
     config = RolloutConfig(engine=engine, **{"num_cpus": 0.5, "cache_gib": 0.125, **settings})
     learner = Learner()
     with reserve(RolloutPool.bundles(config)) as placement:
-        pool = RolloutPool(EngineSpec(CONFIG, torch.float32, CONTEXT, config), placement)
+        spec = EngineSpec(CONFIG, torch.float32, CONTEXT, config, in_flight="recompute")
+        pool = RolloutPool(spec, placement)
         assert pool.ready() > 0
         processes = [ray.get(worker.__ray_call__.remote(lambda _: os.getpid())) for worker in pool.actors()]
         yield pool, learner, Synchronizer(learner, pool)
@@ -176,6 +178,39 @@ def test_vllm_draws_from_the_learners_newest_policy_although_its_port_is_taken(v
         assert tokens(pool.generate(prompts, greedy).completions) == tokens(
             engine.generate(prompts, greedy).completions
         )
+
+
+@pytest.mark.vllm
+def test_vllm_goes_on_under_new_weights_with_log_probabilities_and_versions_that_are_their_own(vllm):
+    pool, learner, synchronizer = vllm
+    learner.model = random_model()
+    old = synchronizer.sync_weights().version
+    models, prompts, groups = {old: learner.model}, random_prompts(8), {}
+    with closing(pool.stream(lambda key, completions: groups.update({key: completions}))) as stream:
+        stream.submit(group_requests(prompts, Sampling(100, 4, seed=3)))
+        drawn = 0
+        while not drawn:  # more completions than places, so that some begin after the sync
+            drawn = ray.get(pool.actors()[0].__ray_call__.remote(lambda worker: worker.engine.unfinished))
+        learner.model = random_model()
+        new = synchronizer.sync_weights().version
+        models[new] = learner.model
+        stream.wait_until(lambda: len(groups) == len(prompts))
+    mixed = 0
+    for i, prompt in enumerate(prompts):
+        for completion in groups[i]:
+            versions, ids = (
+                torch.tensor(completion.weight_versions),
+                torch.tensor([prompt + completion.token_ids]),
+            )
+            assert completion.weight_versions == sorted(completion.weight_versions)
+            mixed += len(set(completion.weight_versions)) == 2
+            for version in set(completion.weight_versions):
+                with torch.no_grad():
+                    logprobs = models[version](ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                own = logprobs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)[versions == version]
+                found = torch.tensor(completion.logprobs)[versions == version]
+                assert (found - own).abs().mean() < 1e-4
+    assert mixed > 0
 
 
 @pytest.mark.vllm
