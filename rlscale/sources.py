@@ -237,7 +237,7 @@ class AsynchronousSource(ExperienceSource):
         self._unsent: list[Prompt] = []  # were running when a checkpoint was written
         self._oldest = 0  # version of weights whose tokens may still be trained on
         self._stale_groups = 0
-        self._tokens = 0  # drawn since the last batch
+        self._tokens = 0  # of groups given up since the last batch
         self._handed_out = rollouts.clock()
         self._stream = rollouts.stream(self._finished)
 
@@ -249,7 +249,7 @@ class AsynchronousSource(ExperienceSource):
             groups = [self._waiting.pop(place) for place in sorted(self._waiting)[:n]]
             self._manager.train()
             self._refill()
-            now, tokens = self._rollouts.clock(), self._tokens
+            now, tokens = self._rollouts.clock(), self._tokens + sum(group.tokens for group in groups)
             since, self._handed_out, self._tokens = self._handed_out, now, 0
             tally = self._selection.close_batch()
         return Experience(groups, tokens, now - since, tally.solved, tally.unsolved, tally.rewards_dropped)
@@ -266,7 +266,7 @@ class AsynchronousSource(ExperienceSource):
             self._manager.filter_running(len(gone))
             old = [place for place, group in self._waiting.items() if group.oldest_version < self._oldest]
             for place in old:
-                del self._waiting[place]
+                self._tokens += self._waiting.pop(place).tokens
             self._manager.filter_waiting(len(old))
             self._stale_groups += len(gone) + len(old)
             self._refill()
@@ -327,9 +327,9 @@ class AsynchronousSource(ExperienceSource):
         with self._lock:
             if self._running.pop(place, None) is None:
                 return
-            self._tokens += group.tokens
             if group.rollouts and group.oldest_version < self._oldest:
                 self._manager.filter_running()
+                self._tokens += group.tokens
                 self._stale_groups += 1
                 self._refill()
             elif self._selection.takes(group):
@@ -338,6 +338,7 @@ class AsynchronousSource(ExperienceSource):
                 self._refill()
             else:
                 self._manager.filter_running()
+                self._tokens += group.tokens
                 self._selection.check()
                 self._refill()
 
