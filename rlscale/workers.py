@@ -109,17 +109,21 @@ class Workers(AbstractContextManager["Workers"]):
             try:
                 yield from self._train(config, run, shared_warm_start, stop)
                 break
-            except LearnerDied as error:
+            except Exception as error:
+                # Its death can show first where others need it: engines read the weights that it published.
+                death = error if isinstance(error, LearnerDied) else self.learner.death()
+                if death is None:
+                    raise
                 deaths = deaths + 1 if run.latest_checkpoint() == before else 1
                 if deaths > config.learner.max_restarts:
                     raise UserError(
-                        f"{error}; learner.max_restarts={config.learner.max_restarts} restarts from the same "
+                        f"{death}; learner.max_restarts={config.learner.max_restarts} restarts from the same "
                         "checkpoint did not help"
                     ) from error
-                run.rewind(str(error))
+                run.rewind(str(death))
                 self.learner.restart()
                 step = run.progress().step or 0
-                yield RunEvent(name, "restarting", step, message=f"{error}; going on from step {step}")
+                yield RunEvent(name, "restarting", step, message=f"{death}; going on from step {step}")
         if run.step < config.steps:
             run.stop()
             yield RunEvent(name, "stopped", run.step)

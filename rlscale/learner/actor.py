@@ -240,6 +240,18 @@ class LearnerGroup:
         """
         self._call("load", folder.absolute())
 
+    def death(self) -> LearnerDied | None:
+        """The error that says which workers are dead; None if all live."""
+        pings = [worker.ping.remote() for worker in self._workers]
+        answered, _ = ray.wait(pings, num_returns=len(pings), timeout=_PING_S)
+        dead = [str(rank) for rank, ping in enumerate(pings) if ping in answered and _died(ping)]
+        if not dead:
+            return None
+        return LearnerDied(
+            f"learner rank {', '.join(dead)} of {len(pings)} died, often for want of memory: "
+            "see the newest worker-*.err in /tmp/ray/session_latest/logs"
+        )
+
     def close(self) -> None:
         """Ends the workers; calling it twice is harmless."""
         workers, self._workers = self._workers, []
@@ -269,15 +281,9 @@ class LearnerGroup:
             return gather(futures, "learner rank")
         except Exception as error:
             # A rank whose peer died fails first, with whatever its network says; the death is the news.
-            pings = [worker.ping.remote() for worker in self._workers]
-            answered, _ = ray.wait(pings, num_returns=len(pings), timeout=_PING_S)
-            dead = [str(rank) for rank, ping in enumerate(pings) if ping in answered and _died(ping)]
-            if not dead:
-                raise
-            raise LearnerDied(
-                f"learner rank {', '.join(dead)} of {len(pings)} died, often for want of memory: "
-                "see the newest worker-*.err in /tmp/ray/session_latest/logs"
-            ) from error
+            if (death := self.death()) is not None:
+                raise death from error
+            raise
 
 
 def _died(answered: ray.ObjectRef) -> bool:

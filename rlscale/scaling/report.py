@@ -87,7 +87,7 @@ def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     counts = Counter(run.state for run in runs)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     states = ", ".join(
-        f"{counts[state]} {state}" for state in ("finished", "running", "failed") if counts[state]
+        f"{counts[state]} {state}" for state in ("finished", "running", "stopped", "failed") if counts[state]
     )
     return {
         "title": ", ".join(folder.resolve().name for folder in folders),

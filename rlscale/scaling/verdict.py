@@ -187,10 +187,9 @@ def _about_seeds(runs: Sequence[RunRecord]) -> str:
 
 def _missing(runs: Sequence[RunRecord], curves: Sequence[FittedCurve]) -> list[str]:
     texts = unrecorded(runs)
-    for state in ("running", "failed"):
-        count = sum(run.state == state for run in runs)
+    for what, states in (("unfinished", ("running", "stopped")), ("failed", ("failed",))):
+        count = sum(run.state in states for run in runs)
         if count:
-            what = "unfinished" if state == "running" else "failed"
             texts.append(f"{count} of {len(runs)} runs {what}: curves show them, tables of ratios do not")
     texts += [
         f"no fit for {c.architecture} at {c.cell.required_length} tokens, budget {c.cell.budget}: {c.refusal}"

@@ -50,6 +50,18 @@ def wait_for(what: str, happened: Callable[[], Any]) -> Any:
     pytest.fail(f"{what} did not happen within {PATIENCE:g} s")
 
 
+def marked_processes(mark: str) -> dict[int, str]:
+    """Living processes that were started with `NAME=VALUE` in their environment, and their titles."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, ValueError):
+            continue
+    return found
+
+
 class Command:
     """`rlscale run` in a session of its own, with all processes that descend from it."""
 
@@ -77,15 +89,7 @@ class Command:
         )
 
     def processes(self) -> dict[int, str]:
-        """Living processes with the mark in their environment, and their titles."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            try:
-                if self.mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except (OSError, ValueError):
-                continue
-        return found
+        return marked_processes(self.mark)
 
     def actor(self, kind: str) -> int:
         pids = [pid for pid, title in self.processes().items() if title.startswith(f"ray::{kind}")]
