@@ -114,7 +114,8 @@ class Problem:
         if self.wide:
             block, stages, warps = 16, 1, 2
         else:
-            stages, warps = (2, 8) if block == 64 else (2 if backward else SCAN_STAGES, 4)
+            stages = 2 if backward else SCAN_STAGES
+            warps = 8 if backward and block == 64 else 4
         options = {"BV": block, "num_warps": warps, "num_stages": stages}
         return options, triton.cdiv(self.value_dim, block)
 
