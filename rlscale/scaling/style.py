@@ -95,12 +95,16 @@ def new_figure(
 
 
 def length_axis(axes: Axes, lengths: list[int]) -> None:
-    """A logarithmic axis of output lengths, with a tick at each length measured (thinned where crowded)."""
+    """A logarithmic axis of output lengths, a tick at each length measured that its label has room for."""
     lengths = sorted(set(lengths))
     axes.set_xscale("log", base=2)
     axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
-    crowded = len(lengths) // 9 + 1
-    axes.xaxis.set_major_locator(FixedLocator(lengths[::crowded]))
+    room = math.log2(lengths[-1] / lengths[0]) / 7
+    ticks = [lengths[-1]]
+    for length in reversed(lengths[:-1]):
+        if math.log2(ticks[-1] / length) > room - 1e-9:
+            ticks.append(length)
+    axes.xaxis.set_major_locator(FixedLocator(ticks[::-1]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("required output length (tokens)")
