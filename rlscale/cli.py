@@ -131,19 +131,35 @@ def sweep(
     """Train a grid: architectures x required lengths x budgets x seeds.
 
     Each run has a folder of its own inside the output folder; plots and summary.json are written at the end.
+    Ctrl-C stops after the steps under way and saves them; a second Ctrl-C stops at once.
     """
     from rlscale import sweep as sweeps
     from rlscale.config import SweepConfig, load_config
     from rlscale.display import Display
+    from rlscale.stopping import StopRequest
 
     settings = load_config(SweepConfig, config, overrides or [])
     folder = output or Path("runs") / config.stem
     steps = {sweeps.run_name(cell): cell.steps for cell in settings.cells()}
-    with Display(steps) as display:
+    display = Display(steps)
+    stop = StopRequest(
+        lambda: display.console.print("stopping after these steps; Ctrl-C again stops at once")
+    )
+    with display, stop:
         for event in sweeps.sweep(
-            settings, folder, resume=resume, overwrite=overwrite, address=address, wait=wait
+            settings,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            address=address,
+            stop=lambda: stop.requested,
+            wait=wait,
         ):
             display.show(event)
+            stop.is_awaited = event.state in ("training", "restarting")
+    if stop.requested:
+        typer.echo(f"stopped; --resume continues the sweep in {folder}")
+        return
     draw([folder], folder / "plots", folder / "summary.json")
 
 

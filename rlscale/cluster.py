@@ -26,6 +26,10 @@ _ENVIRONMENT = {
 }
 
 
+_PLACEMENT_S = 300.0
+"""How long a replacement may wait for room: longer than busy machines take to start a process."""
+
+
 def connect(address: str | None = None) -> None:
     """Joins the cluster at `address` (or RAY_ADDRESS); without either starts one on this machine.
 
@@ -170,6 +174,21 @@ def death(what: str) -> WorkerDied:
     return WorkerDied(
         f"{what}, often for want of memory: see the newest worker-*.err in /tmp/ray/session_latest/logs"
     )
+
+
+def await_placement(actors: Sequence[Any], who: str) -> None:
+    """Waits until actors that replace dead ones run.
+
+    Raises:
+        WorkerDied: they found no room in time: the machine of the dead ones is gone, and no other has any.
+    """
+    pending = ray.wait(
+        [actor.__ray_ready__.remote() for actor in actors], num_returns=len(actors), timeout=_PLACEMENT_S
+    )[1]
+    if pending:
+        raise WorkerDied(
+            f"no machine had room for a new {who} within {_PLACEMENT_S:g} s of the old one's death"
+        )
 
 
 def use_token(token: str) -> None:

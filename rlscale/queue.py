@@ -10,7 +10,7 @@ new ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,16 @@ class Cell:
 
 
 def run_queue(
-    cells: Sequence[Cell], *, retries: int, early_stop: EarlyStopConfig, wait: float = 0
+    cells: Sequence[Cell],
+    *,
+    retries: int,
+    early_stop: EarlyStopConfig,
+    wait: float = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunEvent]:
     """Trains all cells, yielding the events of all of them as they come; `failed` ends a cell for good.
+
+    Once `stop()` is true no cell begins, and those under way are saved after their step.
 
     Args:
         cells: in the order in which they should start.
@@ -78,6 +85,8 @@ def run_queue(
     queue = _Queue(list(cells), retries, early_stop, wait)
     try:
         while queue.waiting or queue.busy:
+            if stop():
+                queue.stop()
             queue.assign()
             yield from queue.open_lane()
             yield from queue.listen()
@@ -90,6 +99,7 @@ class _LaneActor:
 
     def __init__(self) -> None:
         self._workers: Workers | None = None
+        self._stopping = False
 
     def start(self, config: RunConfig, placement: PlacementGroup) -> None:
         self._workers = Workers(config, placement)
@@ -98,7 +108,7 @@ class _LaneActor:
         assert self._workers is not None
         hopeless = 0
         with cell.open() as run:
-            events = self._workers.train(cell.config, run, cell.shared_warm_start)
+            events = self._workers.train(cell.config, run, cell.shared_warm_start, lambda: self._stopping)
             for event in events:
                 yield event
                 if event.evaluation:
@@ -109,6 +119,10 @@ class _LaneActor:
                     run.finish(summary(read_run(run.path)), abandoned=reason)
                     yield RunEvent(event.run, "abandoned", event.step, message=reason)
                     return
+
+    def stop(self) -> None:
+        """For a call beside `train`, which ends after its step."""
+        self._stopping = True
 
     def close(self) -> None:
         if self._workers is not None:
@@ -193,6 +207,13 @@ class _Queue:
             elif lane.actor is None:
                 yield from self._reservation_late(lane)
 
+    def stop(self) -> None:
+        """Begins nothing more, and has the lanes end after their step; calling it again is harmless."""
+        self.waiting.clear()
+        for lane in self.lanes:
+            if lane.cell:
+                lane.actor.stop.remote()
+
     def close(self) -> None:
         for lane in list(self.lanes):
             self._close(lane)
@@ -238,7 +259,12 @@ class _Queue:
             self._close(lane)
             return
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        lane.actor = ray.remote(_LaneActor).options(num_cpus=0, scheduling_strategy=here).remote()
+        lane.actor = (
+            ray.remote(_LaneActor)
+            # One thread trains, the other can be told to stop.
+            .options(num_cpus=0, scheduling_strategy=here, max_concurrency=2)
+            .remote()
+        )
         lane.news = lane.actor.start.remote(cell.config, lane.placement)
         yield RunEvent(cell.folder.name, "starting")
 

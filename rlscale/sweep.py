@@ -62,6 +62,7 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     address: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
     wait: float = 0,
 ) -> Iterator[RunEvent]:
     """Trains all cells of a grid into folders below `folder`, yielding events of all runs as they come.
@@ -71,6 +72,7 @@ def sweep(
     on new ones, `config.retries` times; one that fails does not stop the others.
 
     Args:
+        stop: once it returns true, no run begins, and those under way are saved after their step.
         wait: seconds to wait for CPUs and GPUs that the cluster lacks, for an autoscaler to add them.
 
     Raises:
@@ -93,7 +95,7 @@ def sweep(
 
     cluster.connect(address)
     failures: dict[str, str] = {}
-    for event in run_queue(cells, retries=config.retries, early_stop=config.early_stop, wait=wait):
+    for event in run_queue(cells, retries=config.retries, early_stop=config.early_stop, wait=wait, stop=stop):
         if event.state == "failed":
             failures[event.run] = event.message
         yield event

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 
 from rlscale.colocation import TakesTurns
 from rlscale.config import AsynchronousConfig, RunConfig
-from rlscale.errors import LearnerDied, UserError
+from rlscale.errors import LearnerDied, UserError, WorkerDied
 from rlscale.events import RunEvent
 from rlscale.learner.actor import LearnerGroup, LearnerSpec
 from rlscale.learner.replay import ReplayReport, replay
@@ -116,7 +116,7 @@ class Workers(AbstractContextManager["Workers"]):
                     raise
                 deaths = deaths + 1 if run.latest_checkpoint() == before else 1
                 if deaths > config.learner.max_restarts:
-                    raise UserError(
+                    raise WorkerDied(
                         f"{death}; learner.max_restarts={config.learner.max_restarts} restarts from the same "
                         "checkpoint did not help"
                     ) from error

@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
-from rlscale.cluster import gather
+from rlscale.cluster import await_placement, gather
 from rlscale.config import AlgorithmConfig, LearnerConfig, WarmStartConfig
 from rlscale.errors import LearnerDied
 from rlscale.learner.learner import Learner, LearnerSpec, threads
@@ -184,11 +184,16 @@ class LearnerGroup:
         self._sharded = False
 
     def restart(self) -> None:
-        """Replaces all workers by new ones that need a `start`: what the old ones held is lost."""
+        """Replaces all workers by new ones that need a `start`: what the old ones held is lost.
+
+        Raises:
+            WorkerDied: no machine has room for them.
+        """
         for worker in self._workers:
             ray.kill(worker)
         self._joined = self._sharded = False
         self._workers = self._spawn()
+        await_placement(self._workers, "learner")
 
     def warm_start(
         self, task: Task, tokenizer: PreTrainedTokenizerBase, config: WarmStartConfig, seed: int

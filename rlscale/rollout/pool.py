@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlscale.cluster import death, gather, result
+from rlscale.cluster import await_placement, death, gather, result
 from rlscale.config import RolloutConfig
 from rlscale.rollout.actor import EngineSpec, RolloutWorker, SliceReport
 from rlscale.rollout.engine import check_requests, group_requests
@@ -436,6 +436,7 @@ class RolloutPool:
             self._changed.notify_all()
         ray.kill(dead)  # where it is out of reach and not dead
         actor = self._spawn(seat.index)
+        await_placement([actor], "rollout worker")
         with self._changed:
             seat.actor = actor
 

@@ -145,6 +145,24 @@ def test_a_run_that_is_never_right_is_stopped_early_and_says_why(tmp_path: Path)
     assert list(sweep(config, tmp_path / "runs", resume=True))[-1].state == "finished"  # it stays stopped
 
 
+@pytest.mark.usefixtures("nodes")
+def test_a_stop_saves_the_step_under_way_begins_no_other_run_and_can_be_resumed(tmp_path: Path) -> None:
+    config = grid(steps=200, architectures=["mla"], seeds=[0, 1])
+    reached: list[int] = []
+    events = sweep(config, tmp_path / "runs", stop=lambda: max(reached, default=0) >= 2)
+    for event in events:
+        reached.append(event.step)
+    assert event.state == "stopped"
+    (run,) = find_runs([tmp_path / "runs"])
+    assert (run.state, run.metrics[-1]["step"]) == ("stopped", event.step)
+    assert 2 <= event.step < 200
+    assert (run.path / "checkpoints" / f"step_{event.step:06d}").is_dir()
+    resumed = sweep(config, tmp_path / "runs", resume=True)
+    steps = (event.step for event in resumed if event.state == "training")
+    assert next(steps) == run.metrics[-1]["step"] + 1
+    resumed.close()
+
+
 def _reserved_nodes() -> set[str]:
     table = placement_group_table().values()
     return {
