@@ -392,11 +392,12 @@ def jobs(address: JobServer = None) -> None:
     """List the jobs of a cluster, newest first."""
     from rlscale.jobs import Cluster
 
-    table = Table(
-        "job", "state", "started", "ended", "results", box=None, header_style="bold", pad_edge=False
-    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("job", no_wrap=True)  # whole, for people to copy
+    for column in ("state", "started", "ended", "results"):
+        table.add_column(column, overflow="fold")
     for job in Cluster(address).jobs():
-        times = (f"{moment:%Y-%m-%d %H:%M:%S}" if moment else "–" for moment in (job.started, job.ended))
+        times = (f"{moment:%m-%d %H:%M}" if moment else "–" for moment in (job.started, job.ended))
         table.add_row(job.id, job.state.lower(), *times, job.output)
     Console().print(table)
 

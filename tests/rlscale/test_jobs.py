@@ -146,7 +146,7 @@ def test_the_command_line_shows_a_job_to_its_end_and_passes_its_failure_on(serve
     assert "needs 65 CPUs" in failed.stdout
     job = failed.stdout.split("job ", 1)[1].split(",")[0]
     assert "needs 65 CPUs" in rlscale("logs", job, "--no-follow").stdout
-    assert job.rpartition("-")[0] in rlscale("jobs").stdout.replace("\n", "")
+    assert job in rlscale("jobs").stdout
     unknown = rlscale("logs", "no-such-job")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "no job no-such-job" in unknown.stderr

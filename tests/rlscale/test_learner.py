@@ -41,6 +41,7 @@ from rlscale.learner.optimizer import Optimizer
 from rlscale.learner.packing import MinibatchTotals
 from rlscale.learner.warm_start import WarmStartReport
 from rlscale.types import Completion, Example, Rollout
+from rlscale.weights.transport import Transport
 
 VOCABULARY = 32
 
@@ -574,7 +575,7 @@ class ScriptedWarmStart:
 
 def test_the_worker_reports_a_warm_start_while_it_runs_and_raises_what_ended_it() -> None:
     def news_of(outcome: WarmStartReport | UserError) -> Iterator[object]:
-        worker = LearnerWorker(LearnerSpec(shape(), torch.float32))
+        worker = LearnerWorker(LearnerSpec(shape(), torch.float32), Transport())
         worker._learner = ScriptedWarmStart(outcome)  # type: ignore[assignment]
         return worker.warm_start("task", "tokenizer", WarmStartConfig(target_pass_rate=0.7), 3)  # type: ignore[arg-type]
 
