@@ -7,7 +7,6 @@ go, come back and follow it again, or follow it twice, without the job noticing.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import io
@@ -16,7 +15,7 @@ import shlex
 import tarfile
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +37,7 @@ from rlscale.sweep import run_one, sweep
 _CONFIG = "config.yaml"
 _OUTPUT = "rlscale_output"
 _ARCHIVE_BEGINS, _ARCHIVE_ENDS = "rlscale-archive-begins", "rlscale-archive-ends"
+_POLL_S = 1.0
 _JOBS_FOLDER = "~/rlscale_jobs"
 """Where results lie on the head node when no other place was asked for."""
 
@@ -141,25 +141,26 @@ class Cluster:
             return str(self._client.get_job_logs(job))
 
     def follow(self, job: str) -> Iterator[str]:
-        """What a job has printed and prints, in pieces, until it ends; to stop listening does it no harm."""
-        loop = asyncio.new_event_loop()
-        try:
-            pieces: AsyncIterator[str] = self._client.tail_job_logs(job)
-            while True:
-                with self._errors(job):
-                    try:
-                        piece = loop.run_until_complete(anext(pieces))
-                    except StopAsyncIteration:
-                        return
-                yield piece
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+        """What a job has printed and prints, in pieces, until it ends; to stop listening does it no harm.
+
+        Raises:
+            UserError: no job has that id, or the connection is lost.
+        """
+        told = 0
+        while True:
+            ended = JobStatus(self.job(job).state).is_terminal()  # before its log, which then is whole
+            log = self.logs(job)
+            if len(log) > told:
+                yield log[told:]
+                told = len(log)
+            if ended:
+                return
+            time.sleep(_POLL_S)
 
     def wait(self, job: str) -> Job:
-        """The job once it has ended; its log may end a moment earlier."""
+        """The job once it has ended."""
         while not JobStatus((found := self.job(job)).state).is_terminal():
-            time.sleep(0.5)
+            time.sleep(_POLL_S)
         return found
 
     def stop(self, job: str) -> Job:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rlscale.cluster import use_token
@@ -56,6 +57,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield _answering(f"http://127.0.0.1:{port}", head)
     finally:
         patch.undo()
+        Config.initialize("")  # Ray keeps what the variables said
+        AuthenticationTokenLoader.instance().reset_cache()
         head.terminate()
         head.wait(30)
 
