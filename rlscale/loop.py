@@ -40,9 +40,8 @@ from rlscale.weights.base import WeightSynchronizer
 SOURCE_FILE = "source.json"
 """Beside a checkpoint's weights: where the experience source was."""
 
-_STEPS_PER_SEED = (
-    1 << 20
-)  # seeds of the engine's random numbers: one a step for evaluations, the last for training
+_STEPS_PER_SEED = 1 << 20
+"""Seeds of the engine's random numbers that a run has: one a step for evaluations, the last for training."""
 
 
 @dataclass(frozen=True, slots=True)
