@@ -87,8 +87,8 @@ class RolloutConfig(Section):
     max_restarts: int = Field(3, ge=0)
     """How often in a row a worker that dies is replaced before one finishes a prompt; then the run stops."""
     context: int | None = Field(None, ge=1)
-    """Longest prompt and completion together, in tokens, that engines are built for; default: the model's own
-    context. Runs of a sweep share engines, so it must hold the longest of them all."""
+    """Longest prompt and completion together, in tokens, that engines are built for; default: what task,
+    budget and interruption come to in the longest run of a sweep, with room where lengths of prompts vary."""
     max_num_seqs: int = Field(128, ge=1)
     """Completions that one engine generates at the same time."""
     cache_gib: float = Field(1.0, gt=0)

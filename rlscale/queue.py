@@ -34,10 +34,12 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A run of a sweep: what to train, into which folder, and what to do about an earlier attempt there."""
+    """A run of a sweep: what to train, into which folder, the context that it needs of an engine in tokens,
+    and what to do about an earlier attempt there."""
 
     config: RunConfig
     folder: Path
+    context: int
     overwrite: bool = False
     resume: bool = False
     attempt: int = 0
@@ -101,8 +103,8 @@ class _LaneActor:
         self._workers: Workers | None = None
         self._stopping = False
 
-    def start(self, config: RunConfig, placement: PlacementGroup) -> None:
-        self._workers = Workers(config, placement)
+    def start(self, config: RunConfig, placement: PlacementGroup, context: int) -> None:
+        self._workers = Workers(config, placement, context)
 
     def train(self, cell: Cell, early_stop: EarlyStopConfig) -> Iterator[RunEvent]:
         assert self._workers is not None
@@ -153,6 +155,13 @@ class _Queue:
     early_stop: EarlyStopConfig
     wait: float
     lanes: list[_Lane] = field(default_factory=list)
+    contexts: dict[str, int] = field(init=False)
+    """For each kind of lane, what the longest of all its cells needs."""
+
+    def __post_init__(self) -> None:
+        self.contexts = {}
+        for cell in self.waiting:
+            self.contexts[cell.lane] = max(cell.context, self.contexts.get(cell.lane, 0))
 
     @property
     def busy(self) -> bool:
@@ -265,7 +274,7 @@ class _Queue:
             .options(num_cpus=0, scheduling_strategy=here, max_concurrency=2)
             .remote()
         )
-        lane.news = lane.actor.start.remote(cell.config, lane.placement)
+        lane.news = lane.actor.start.remote(cell.config, lane.placement, self.contexts[lane.key])
         yield RunEvent(cell.folder.name, "starting")
 
     def _reservation_late(self, lane: _Lane) -> Iterator[RunEvent]:

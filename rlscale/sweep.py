@@ -11,14 +11,15 @@ from rlscale.config import RunConfig, SweepConfig
 from rlscale.errors import UserError
 from rlscale.events import RunEvent
 from rlscale.learner.examples import ptx_batches
-from rlscale.models import check_tokenizer, interruption_of, model_config, tokenizer_for
+from rlscale.lengths import SequenceLengths
+from rlscale.models import check_tokenizer, model_config, tokenizer_for
 from rlscale.queue import Cell, run_queue
 from rlscale.rewards import user_reward
 from rlscale.runs.checkpoints import Checkpoints
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run, read_status
 from rlscale.runs.trackers import check_trackers
-from rlscale.tasks import encode_prompt, make_task
+from rlscale.tasks import make_task
 from rlscale.workers import Workers
 
 
@@ -42,14 +43,13 @@ def run_one(
         UserError: the config asks for the impossible, the folder is taken, the cluster is too small, or
             training failed. All but the last leave nothing behind.
     """
-    check(config)
+    cell = Cell(config, folder, check(config), overwrite, resume)
     RunFolder.check(folder, config, resume=resume, overwrite=overwrite)
     yield RunEvent(folder.name, "starting")
     cluster.connect(address)
-    cell = Cell(config, folder, overwrite, resume)
     with (
         cluster.reserve(Workers.bundles(config), wait) as placement,
-        Workers(config, placement) as workers,
+        Workers(config, placement, cell.context) as workers,
         cell.open() as run,
     ):
         yield from workers.train(config, run, stop=stop)
@@ -80,8 +80,7 @@ def sweep(
     """
     cells: list[Cell] = []
     for run in config.cells():
-        check(run)
-        cell = Cell(run, folder.absolute() / run_name(run), overwrite)
+        cell = Cell(run, folder.absolute() / run_name(run), check(run), overwrite)
         if resume and (status := read_status(cell.folder)):
             if status["state"] == "finished":
                 yield from _events_of(cell.folder)
@@ -111,8 +110,12 @@ def run_name(config: RunConfig) -> str:
     )
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> int:
     """Finds what cannot work before anything is started or written.
+
+    Returns:
+        Tokens of prompt and completion together that an engine of this run must hold: `rollout.context`, or
+        what task and budget come to.
 
     Raises:
         UserError: a tracker that is not installed, unknown task, no such reward function, impossible length,
@@ -127,26 +130,27 @@ def check(config: RunConfig) -> None:
     tokenizer = tokenizer_for(config.model)
     check_tokenizer(tokenizer, model)
     ptx_batches(config.algorithm, config.learner.updates_per_step, task, tokenizer, config.seed)
-    prompt = len(encode_prompt(tokenizer, task.problem("train", 0).prompt))
-    interruption = interruption_of(config.algorithm, tokenizer)
-    added = interruption.tokens if interruption else 0
-    longest = prompt + config.budget + added
-    if config.rollout.context is not None and longest > config.rollout.context:
+    lengths = SequenceLengths.of(config, task, tokenizer)
+    longest, limit = lengths.longest, model.max_position_embeddings
+    parts = (
+        f"a prompt of {lengths.prompt} tokens, a budget of {lengths.budget} and an interruption of "
+        f"{lengths.interruption}"
+    )
+    context = config.rollout.context
+    if context is not None and longest > context:
+        raise UserError(f"rollout.context={context} does not hold {parts}: raise it to {longest} or more")
+    if context is not None and context > limit:
+        raise UserError(f"rollout.context={context} exceeds the model's context of {limit}: lower it")
+    if longest > limit:
         raise UserError(
-            f"rollout.context={config.rollout.context} does not hold a prompt of {prompt} tokens, a budget "
-            f"of {config.budget} and an interruption of {added}: raise it to {longest} or more"
-        )
-    if longest > model.max_position_embeddings:
-        raise UserError(
-            f"a prompt of {prompt} tokens, a budget of {config.budget} and an interruption of {added} exceed "
-            f"the model's context of {model.max_position_embeddings}: lower task.required_length or "
-            "rollout.max_tokens"
+            f"{parts} exceed the model's context of {limit}: lower task.required_length or rollout.max_tokens"
         )
     if longest > config.learner.tokens_per_micro_batch:
         raise UserError(
             f"a sequence of {longest} tokens exceeds learner.tokens_per_micro_batch="
             f"{config.learner.tokens_per_micro_batch}: raise it to {longest} or more"
         )
+    return context or lengths.context(limit)
 
 
 def _events_of(folder: Path) -> Iterator[RunEvent]:

@@ -45,16 +45,16 @@ class Workers(AbstractContextManager["Workers"]):
 
     Args:
         placement: reservation of `bundles(config)`.
+        context: longest prompt and completion together that the runs have, in tokens.
 
     Raises:
         UserError: an engine has no memory, a checkpoint has another shape.
     """
 
-    def __init__(self, config: RunConfig, placement: PlacementGroup) -> None:
+    def __init__(self, config: RunConfig, placement: PlacementGroup, context: int) -> None:
         self.model_config = model_config(config.model, config.architecture)
         self.tokenizer = tokenizer_for(config.model)
         dtype = getattr(torch, config.model.dtype)
-        context = config.rollout.context or self.model_config.max_position_embeddings
         self._stack = ExitStack()
         with self._stack:
             in_flight: InFlight = "refuse"

@@ -165,5 +165,5 @@ def check_requests(requests: Iterable[GroupRequest], context: int) -> None:
         if len(prompt) + budget > context:
             raise UserError(
                 f"prompt {place} has {len(prompt)} tokens and the budget is {budget}, but the "
-                f"engine's context is {context}: lower rollout.max_tokens or task.required_length"
+                f"engine's context is {context}: raise rollout.context, or lower rollout.max_tokens"
             )
