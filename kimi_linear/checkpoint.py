@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import KimiLinearConfig
 
-from kimi_linear.config import FULL_ATTENTION, rope_theta, uses_rope
+from kimi_linear.config import FULL_ATTENTION, linear_attention_type, rope_theta, uses_rope
 
 ARCHITECTURE = "KimiLinearForCausalLM"
 CONFIG_FILE = "config.json"
@@ -100,7 +100,9 @@ def released_config(config: KimiLinearConfig) -> dict[str, Any]:
     if config.mlp_layer_types != ["dense"] * dense + ["sparse"] * (config.num_hidden_layers - dense):
         raise ValueError("the released config.json can only say that dense MLPs come before all experts")
     layers = list(enumerate(config.layer_types, start=1))
-    return {
+    # The released layout has no word for it and means KDA.
+    kind = linear_attention_type(config)
+    return ({} if kind == "kda" else {"linear_attention_type": kind}) | {
         "architectures": [ARCHITECTURE],
         "model_type": "kimi_linear",
         "vocab_size": config.vocab_size,

@@ -1,23 +1,26 @@
 """Which models there are: presets by name, the all-MLA twin of a hybrid, and what a model weighs and caches.
 
-The configuration class is transformers' own `KimiLinearConfig`; two attributes of the released config.json
-that it carries along without reading matter here:
+The configuration class is transformers' own `KimiLinearConfig`; attributes that it carries along without
+reading matter here, two of them of the released config.json:
 
 - `mla_use_nope`: True where MLA has no position encoding (the released model). False turns the
 `qk_rope_head_dim`
   part of queries and keys by RoPE in DeepSeek's interleaved convention, pairs (2i, 2i + 1).
 - `rope_theta`: RoPE's base.
+- `linear_attention_type`: "kda" (the released model), or "gated_deltanet" (arXiv:2412.06464), KDA's ancestor
+  whose decay is one number per head and token instead of one per channel.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import KimiLinearConfig
 
 FULL_ATTENTION = "full_attention"
 LINEAR_ATTENTION = "linear_attention"
+LinearAttentionType = Literal["kda", "gated_deltanet"]
 TWIN_TOLERANCE = 0.01
 
 
@@ -25,8 +28,9 @@ TWIN_TOLERANCE = 0.01
 class Architecture:
     """The sizes of a Kimi Linear model; field names are those of the released config.json where it has them.
 
-    `full_attention_layers` are numbered from 1, as in the released file; every other layer is KDA. Layers
-    before `first_k_dense_replace` (from 0) have a dense MLP, the others a mixture of experts.
+    `full_attention_layers` are numbered from 1, as in the released file; every other layer is linear
+    attention of `linear_attention_type`. Layers before `first_k_dense_replace` (from 0) have a dense MLP, the
+    others a mixture of experts.
     """
 
     vocab_size: int
@@ -55,6 +59,7 @@ class Architecture:
     moe_renormalize: bool = True
     routed_scaling_factor: float = 1.0
     linear_conv_kernel_dim: int = 4
+    linear_attention_type: str = "kda"
     mla_use_nope: bool = True
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -65,6 +70,7 @@ class Architecture:
         outside = [n for n in self.full_attention_layers if not 1 <= n <= self.num_hidden_layers]
         if outside:
             raise ValueError(f"full_attention_layers must lie in 1..{self.num_hidden_layers}, got {outside}")
+        check_linear_attention_type(self.linear_attention_type)
         sizes = asdict(self)
         full_attention = sizes.pop("full_attention_layers")
         layers = range(self.num_hidden_layers)
@@ -170,6 +176,18 @@ def preset(name: str, overrides: Mapping[str, Any] | None = None) -> KimiLinearC
     return replace(architecture, **changes).config()
 
 
+def check_linear_attention_type(value: str) -> None:
+    """Raise ValueError for a `linear_attention_type` that there is not."""
+    known = get_args(LinearAttentionType)
+    if value not in known:
+        raise ValueError(f"linear_attention_type must be {' or '.join(known)}, got {value!r}")
+
+
+def linear_attention_type(config: KimiLinearConfig) -> LinearAttentionType:
+    """What the linear attention layers are, KDA unless the configuration says otherwise."""
+    return getattr(config, "linear_attention_type", "kda")
+
+
 def uses_rope(config: KimiLinearConfig) -> bool:
     """Whether the MLA layers turn their `qk_rope_head_dim` part by position."""
     return not getattr(config, "mla_use_nope", True)
@@ -192,16 +210,42 @@ def mla_twin(config: KimiLinearConfig, position: Literal["rope", "nope"] = "rope
     """
     if position not in ("rope", "nope"):
         raise ValueError(f"position must be 'rope' or 'nope', got {position!r}")
+    layers = {"layer_types": [FULL_ATTENTION] * config.num_hidden_layers, "mla_use_nope": position == "nope"}
+    return _with_as_many_parameters(config, layers | {"rope_theta": rope_theta(config)})
+
+
+def hybrid_of_ratio(config: KimiLinearConfig, kda_layers: int) -> KimiLinearConfig:
+    """The hybrid with so many KDA layers before each MLA layer, and as many parameters, within 1%.
+
+    Raises:
+        ValueError: the layers are not whole groups, or no width of the MLPs matches within 1%.
+    """
+    layers, group = config.num_hidden_layers, kda_layers + 1
+    if layers % group:
+        raise ValueError(
+            f"num_hidden_layers={layers} is no multiple of {group}, the layers of a group of "
+            f"{kda_layers} KDA and 1 MLA"
+        )
+    kinds = ([LINEAR_ATTENTION] * kda_layers + [FULL_ATTENTION]) * (layers // group)
+    return _with_as_many_parameters(config, {"layer_types": kinds})
+
+
+def gated_deltanet_twin(config: KimiLinearConfig) -> KimiLinearConfig:
+    """The model with Gated DeltaNet in place of KDA and as many parameters, within 1%, by the MLPs' width.
+
+    Raises:
+        ValueError: no width matches within 1%.
+    """
+    return _with_as_many_parameters(config, {"linear_attention_type": "gated_deltanet"})
+
+
+def _with_as_many_parameters(config: KimiLinearConfig, changes: Mapping[str, Any]) -> KimiLinearConfig:
+    """`config` with `changes`, and MLPs (or experts) of a width that keeps its number of parameters."""
     width = "moe_intermediate_size" if "sparse" in config.mlp_layer_types else "intermediate_size"
     target = parameter_count(config).total
 
     def twin(value: int) -> KimiLinearConfig:
-        settings = config.to_dict()
-        settings[width] = value
-        settings["layer_types"] = [FULL_ATTENTION] * config.num_hidden_layers
-        settings["mla_use_nope"] = position == "nope"
-        settings["rope_theta"] = rope_theta(config)
-        return KimiLinearConfig.from_dict(settings)
+        return KimiLinearConfig.from_dict(config.to_dict() | changes | {width: value})
 
     at_one = parameter_count(twin(1)).total
     per_unit = parameter_count(twin(2)).total - at_one
@@ -211,7 +255,7 @@ def mla_twin(config: KimiLinearConfig, position: Literal["rope", "nope"] = "rope
         candidate = twin(max(multiple, round(exact / multiple) * multiple))
         if abs(parameter_count(candidate).total - target) <= TWIN_TOLERANCE / 2 * target:
             return candidate
-    raise ValueError(f"no {width} gives the all-MLA model {target:,} parameters within {TWIN_TOLERANCE:.0%}")
+    raise ValueError(f"no {width} gives the twin {target:,} parameters within {TWIN_TOLERANCE:.0%}")
 
 
 @dataclass(frozen=True)
@@ -230,13 +274,15 @@ def parameter_count(config: KimiLinearConfig) -> ParameterCount:
     """Count parameters from the sizes alone (the router's correction bias, a buffer, is not one)."""
     hidden = config.hidden_size
     kda_width = config.linear_num_heads * config.linear_head_dim
-    kda = (
+    decays = kda_width if linear_attention_type(config) == "kda" else config.linear_num_heads
+    linear = (
         4 * hidden * kda_width  # q, k, v, o
         + 3 * kda_width * config.linear_conv_kernel_dim
-        + 2 * (hidden + kda_width) * config.linear_head_dim  # low-rank decay gate and output gate
+        + decay_weights(config)
+        + (hidden + kda_width) * config.linear_head_dim  # low-rank output gate
         + hidden * config.linear_num_heads  # beta
         + config.linear_num_heads  # A_log
-        + kda_width  # dt_bias
+        + decays  # dt_bias
         + config.linear_head_dim  # output norm
     )
     heads = config.num_attention_heads
@@ -258,9 +304,15 @@ def parameter_count(config: KimiLinearConfig) -> ParameterCount:
     total, idle = 2 * config.vocab_size * hidden + hidden, 0
     for attention_type, mlp_type in zip(config.layer_types, config.mlp_layer_types, strict=True):
         size, unread = feed_forward[mlp_type]
-        total += (mla if attention_type == FULL_ATTENTION else kda) + size + 2 * hidden
+        total += (mla if attention_type == FULL_ATTENTION else linear) + size + 2 * hidden
         idle += unread
     return ParameterCount(total=total, activated=total - idle)
+
+
+def decay_weights(config: KimiLinearConfig) -> int:
+    """Weights that make a linear attention layer's raw decay: low-rank per channel, or one row a head."""
+    hidden, heads, dim = config.hidden_size, config.linear_num_heads, config.linear_head_dim
+    return (hidden + heads * dim) * dim if linear_attention_type(config) == "kda" else hidden * heads
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ tokens in
     causal attention    2 T^2 d, here T^2 (key size + value size), for MLA's two differ
 
 These are the model's operations: recomputed activations and logits, padding and masked halves are a program's
-own and do not count.
+own and do not count. Gated DeltaNet mixes as KDA does and spends less on the projection of its decay.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from transformers import KimiLinearConfig
 
-from kimi_linear.config import FULL_ATTENTION
+from kimi_linear.config import FULL_ATTENTION, decay_weights
 
 CHUNK_SIZE = 64
 """Tokens of a KDA chunk, as in the paper and in the GPU's kernels."""
@@ -113,7 +113,8 @@ def _by_token(config: KimiLinearConfig, tokens: int, predicted: int, mixing: flo
     kda = (
         4 * hidden * width  # q, k, v, o
         + 3 * width * config.linear_conv_kernel_dim
-        + 2 * (hidden + width) * dim  # low-rank decay gate and output gate
+        + decay_weights(config)
+        + (hidden + width) * dim  # low-rank output gate
         + hidden * heads  # beta
     )
     heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from kimi_linear import checkpoint
-from kimi_linear.config import FULL_ATTENTION
+from kimi_linear.config import FULL_ATTENTION, check_linear_attention_type, linear_attention_type
 from kimi_linear.layers import (
     Experts,
     GatedMLP,
@@ -314,6 +314,7 @@ def check_supported(config: KimiLinearConfig) -> None:
     for key, value in wanted.items():
         if getattr(config, key) != value:
             raise ValueError(f"config has {key} = {getattr(config, key)!r}; this model needs {value!r}")
+    check_linear_attention_type(linear_attention_type(config))
 
 
 def locate_sequences(
@@ -342,7 +343,7 @@ def locate_sequences(
         starts = (position_ids[0] == 0).nonzero().squeeze(1)
         if len(starts) > 1 and starts[0] == 0:
             return None, PackedSequences(F.pad(starts, (0, 1), value=tokens), tokens)
-    return None, PackedSequences(torch.arange(batch + 1, device=device) * tokens, batch * tokens)
+    return None, PackedSequences.uniform(batch, tokens, device)
 
 
 def next_token_loss(

@@ -11,8 +11,8 @@ def packed_attention(
 ) -> torch.Tensor:
     """Each token attends to itself and to earlier tokens of its own sequence.
 
-    Sequences of like length run as one padded batch. Causality makes padding harmless: it comes after the
-    tokens.
+    Sequences of one length are a batch as they stand. Others of like length run as one padded batch.
+    Causality makes padding harmless: it comes after the tokens.
 
     Args:
         q, k: [T, H, K].
@@ -26,6 +26,10 @@ def packed_attention(
     value_dim = v.shape[-1]
     # The fused CPU kernel wants one head size for all three.
     v = F.pad(v, (0, q.shape[-1] - value_dim)) if q.shape[-1] > value_dim else v
+    if len(set(packed.lengths)) == 1 and packed.tokens:
+        q_n, k_n, v_n = (x.unflatten(0, (-1, packed.lengths[0])).transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, scale=scale)
+        return o.transpose(1, 2).flatten(0, 1)[..., :value_dim]
     rows, outputs = [], []
     for index, lengths in length_buckets(packed):
         inside = torch.arange(index.shape[1], device=index.device) < lengths.unsqueeze(1)

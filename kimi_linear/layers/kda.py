@@ -1,4 +1,4 @@
-"""The Kimi Delta Attention layer (arXiv:2510.26692, section 4)."""
+"""The Kimi Delta Attention layer (arXiv:2510.26692, section 4), and Gated DeltaNet as a case of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import KimiLinearConfig
 
+from kimi_linear.config import linear_attention_type
 from kimi_linear.layers.norm import GatedRMSNorm
 from kimi_linear.layers.packed import PackedSequences
 from kimi_linear.ops import (
@@ -49,7 +50,12 @@ class ShortConvolution(nn.Module):
 
 
 class KimiDeltaAttention(nn.Module):
-    """Delta-rule attention with a decay per channel; its past is one matrix per head, whatever the length."""
+    """Delta-rule attention with a decay per channel; its past is one matrix per head, whatever the length.
+
+    With `linear_attention_type` "gated_deltanet" (arXiv:2412.06464) the decay is one number per head and
+    token, which all channels of the head share; everything else stays as it is, the output gate included. The
+    same operators serve it, on the decay spread over the channels: as many bytes and operations as KDA's.
+    """
 
     def __init__(self, config: KimiLinearConfig) -> None:
         super().__init__()
@@ -62,10 +68,14 @@ class KimiDeltaAttention(nn.Module):
         self.q_conv1d = ShortConvolution(channels, width)
         self.k_conv1d = ShortConvolution(channels, width)
         self.v_conv1d = ShortConvolution(channels, width)
-        self.f_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
-        self.f_b_proj = nn.Linear(self.head_dim, channels, bias=False)
+        self.decay_per_channel = linear_attention_type(config) == "kda"
+        if self.decay_per_channel:
+            self.f_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
+            self.f_b_proj = nn.Linear(self.head_dim, channels, bias=False)
+        else:
+            self.a_proj = nn.Linear(hidden, self.heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(1, 1, self.heads, 1))
-        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.dt_bias = nn.Parameter(torch.empty(channels if self.decay_per_channel else self.heads))
         self.b_proj = nn.Linear(hidden, self.heads, bias=False)
         self.g_a_proj = nn.Linear(hidden, self.head_dim, bias=False)
         self.g_b_proj = nn.Linear(self.head_dim, channels, bias=False)
@@ -88,7 +98,7 @@ class KimiDeltaAttention(nn.Module):
         filters = torch.cat([conv.weight for conv in self._convolutions()]).squeeze(1)
         qkv, cache.convolution = convolution_step(torch.cat(self._project(x), -1), filters, cache.convolution)
         q, k, v = qkv.float().unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        g = kda_gate(self._decay(x), self.A_log, self.dt_bias)
+        g = kda_gate(self._decay(x), self.A_log, self._decay_bias())
         beta = self.b_proj(x).float().sigmoid()
         scale = self.head_dim**-0.5
         o, cache.state = recurrent_step(l2_normalize(q), l2_normalize(k), v, g, beta, cache.state, scale)
@@ -116,7 +126,7 @@ class KimiDeltaAttention(nn.Module):
             use_gate_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
             A_log=self.A_log,
-            dt_bias=self.dt_bias,
+            dt_bias=self._decay_bias(),
             cu_seqlens=packed.cu_seqlens,
         )
         return self._output(o.squeeze(0), x), state, projections
@@ -130,7 +140,13 @@ class KimiDeltaAttention(nn.Module):
 
     def _decay(self, x: torch.Tensor) -> torch.Tensor:
         """Raw decay gate [T, H, K]."""
-        return self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.heads, self.head_dim))
+        if self.decay_per_channel:
+            return self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.heads, self.head_dim))
+        return self.a_proj(x).unsqueeze(-1).expand(-1, -1, self.head_dim)
+
+    def _decay_bias(self) -> torch.Tensor:
+        """Added to the raw decay gate, [H * K]."""
+        return self.dt_bias if self.decay_per_channel else self.dt_bias.repeat_interleave(self.head_dim)
 
     def _output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, (self.heads, self.head_dim))

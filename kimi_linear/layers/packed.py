@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from kimi_linear.ops.arguments import check_cu_seqlens
-from kimi_linear.ops.packing import token_positions
+from kimi_linear.ops.packing import token_positions, uniform_cu_seqlens
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class PackedSequences:
         """
         check_cu_seqlens(cu_seqlens, 1, tokens, cu_seqlens.device)
         return cls(cu_seqlens, tokens)
+
+    @classmethod
+    def uniform(cls, sequences: int, length: int, device: torch.device) -> "PackedSequences":
+        """Sequences of one length; nothing that layers derive from them waits for a GPU."""
+        packed = cls(uniform_cu_seqlens(sequences, length, device), sequences * length)
+        packed.__dict__["lengths"] = [length] * sequences  # where `cached_property` keeps what it knows
+        return packed
 
     @cached_property
     def lengths(self) -> list[int]:

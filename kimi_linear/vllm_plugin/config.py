@@ -9,6 +9,8 @@ from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from kimi_linear.config import linear_attention_type
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
@@ -46,6 +48,11 @@ def check_model(config: KimiLinearConfig) -> None:
         raise ValueError(f"q_lora_rank={config.q_lora_rank}: low-rank queries are not served; set it to null")
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act={config.hidden_act!r}: only 'silu' is served")
+    kind = linear_attention_type(config)
+    if kind != "kda":
+        raise ValueError(
+            f"linear_attention_type={kind!r}: only 'kda' is served; roll out by the training model"
+        )
     router = getattr(config, "moe_router_activation_func", "sigmoid")
     if router != "sigmoid":
         raise ValueError(f"moe_router_activation_func={router!r}: only 'sigmoid' is served")

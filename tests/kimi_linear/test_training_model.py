@@ -223,3 +223,11 @@ def test_an_empty_prompt_is_refused() -> None:
     model = KimiLinearForCausalLM(preset("tiny"))
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         model.prefill(torch.ones(2, dtype=torch.int64), torch.tensor([0, 2, 2]))
+
+
+def test_sequences_of_one_length_are_attended_as_those_of_many() -> None:
+    model = random_model(mla_twin(preset("tiny")))
+    ids = torch.randint(1, 128, (3, 21))
+    # An empty sequence changes no result and makes the lengths differ.
+    packed = model(ids.view(1, -1), cu_seqlens=torch.tensor([0, 21, 21, 42, 63])).logits
+    torch.testing.assert_close(model(ids).logits.view(1, 63, -1), packed)

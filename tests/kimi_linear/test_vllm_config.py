@@ -153,7 +153,12 @@ def test_decoding_on_a_gpu_keeps_what_the_user_chose() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("q_lora_rank", 32), ("hidden_act", "gelu"), ("moe_router_activation_func", "softmax")],
+    [
+        ("q_lora_rank", 32),
+        ("hidden_act", "gelu"),
+        ("linear_attention_type", "gated_deltanet"),
+        ("moe_router_activation_func", "softmax"),
+    ],
 )
 def test_a_model_that_is_not_served_is_refused_by_key_and_value(key: str, value: Any) -> None:
     config = preset("tiny")
