@@ -22,13 +22,15 @@ from rlscale.algorithms import AlgorithmConfig, Data, DrGRPOConfig, GRPOConfig
 from rlscale.errors import UserError
 from rlscale.sections import TAG, Section, locate
 
-Architecture = Literal["hybrid", "mla"]
+Architecture = Literal["hybrid", "hybrid_15to1", "hybrid_7to1", "hybrid_3to1", "hybrid_1to1", "mla"]
+"""The preset's hybrid, hybrids of other ratios of KDA to MLA layers (table 1 of arXiv:2510.26692), and the
+ratio 0:1. All have the preset's number of parameters within 1%."""
 TransportName = Literal["auto", "shared_memory", "cuda_ipc", "nccl", "disk"]
 
 
 class ModelConfig(Section):
     preset: Literal["tiny", "small", "48b-a3b"] = "tiny"
-    """Shape of the hybrid; `architecture: mla` trains its full-MLA twin, matched in parameters."""
+    """Shape of the hybrid; other architectures have as many layers and, within 1%, parameters."""
     overrides: dict[str, Any] = Field({})
     """Fields of the preset to replace, by their KimiLinearConfig names, e.g. {hidden_size: 256}."""
     checkpoint: Path | None = None
@@ -265,7 +267,8 @@ class RunConfig(Section):
     """One training run: an architecture, a task at one required length, a budget and a seed."""
 
     architecture: Architecture = "hybrid"
-    """hybrid: KDA and MLA as the preset says. mla: its full-MLA twin."""
+    """hybrid: KDA and MLA as the preset says. hybrid_7to1 and the like: in another ratio, which the number of
+    layers must allow. mla: the full-MLA twin."""
     seed: int = Field(0, ge=0)
     """Of initial weights, problems and sampling."""
     steps: int = Field(100, ge=1)
@@ -334,7 +337,7 @@ class SweepConfig(Section):
     """A grid of runs: architectures x required lengths x budgets x seeds."""
 
     architectures: list[Architecture] = Field(["hybrid", "mla"], min_length=1)
-    """Models to compare."""
+    """Models to compare: `run.architecture` has their names. Ratios compare each hybrid with mla."""
     required_lengths: list[Annotated[int, Field(ge=1)]] = Field([32, 64], min_length=1)
     """Lengths of the right answer in tokens."""
     budget_ratios: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
@@ -389,7 +392,8 @@ class FineTuneConfig(Section):
     """Supervised fine-tuning, which leaves a checkpoint that `model.checkpoint` of a run takes."""
 
     architecture: Architecture = "hybrid"
-    """hybrid: KDA and MLA as the preset says. mla: its full-MLA twin."""
+    """hybrid: KDA and MLA as the preset says. hybrid_7to1 and the like: in another ratio, which the number of
+    layers must allow. mla: the full-MLA twin."""
     seed: int = Field(0, ge=0)
     """Of initial weights and the order of the examples."""
     steps: int = Field(1000, ge=1)
@@ -408,7 +412,7 @@ class FineTuneConfig(Section):
     task: TaskConfig = TaskConfig()
 
 
-C = TypeVar("C", RunConfig, SweepConfig, FineTuneConfig)
+C = TypeVar("C", bound=Section)
 
 
 def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:

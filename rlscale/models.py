@@ -11,6 +11,7 @@ from kimi_linear.config import (
     LINEAR_ATTENTION,
     break_even_tokens,
     cache_size,
+    hybrid_of_ratio,
     mla_twin,
     parameter_count,
     preset,
@@ -30,8 +31,7 @@ def model_config(config: ModelConfig, architecture: Architecture) -> KimiLinearC
     """
     if config.checkpoint is None:
         try:
-            hybrid = preset(config.preset, config.overrides)
-            return hybrid if architecture == "hybrid" else mla_twin(hybrid)
+            return _shape(preset(config.preset, config.overrides), architecture)
         except ValueError as error:
             raise UserError(f"model: {error}") from None
     if config.overrides:
@@ -41,13 +41,34 @@ def model_config(config: ModelConfig, architecture: Architecture) -> KimiLinearC
     except (OSError, ValueError) as error:
         raise UserError(f"model.checkpoint: {error}") from None
     is_hybrid = LINEAR_ATTENTION in found.layer_types
-    if is_hybrid != (architecture == "hybrid"):
+    ratio = _kda_layers(architecture)
+    same_ratio = ratio is None or _has_ratio(found, ratio)
+    if is_hybrid != (architecture != "mla") or not same_ratio:
         kind = "a hybrid" if is_hybrid else "a full-MLA model"
+        kind += "" if same_ratio else " of another ratio"
         raise UserError(
             f"model.checkpoint {config.checkpoint} holds {kind}, not architecture '{architecture}': "
             "set architecture accordingly"
         )
     return found
+
+
+def _shape(hybrid: KimiLinearConfig, architecture: Architecture) -> KimiLinearConfig:
+    if architecture == "mla":
+        return mla_twin(hybrid)
+    kda_layers = _kda_layers(architecture)
+    return hybrid if kda_layers is None else hybrid_of_ratio(hybrid, kda_layers)
+
+
+def _kda_layers(architecture: Architecture) -> int | None:
+    """KDA layers to each MLA layer, where the name says it."""
+    ratio = architecture.removeprefix("hybrid_").removesuffix("to1")
+    return int(ratio) if ratio.isdecimal() else None
+
+
+def _has_ratio(config: KimiLinearConfig, kda_layers: int) -> bool:
+    group = [LINEAR_ATTENTION] * kda_layers + [FULL_ATTENTION]
+    return config.layer_types == group * (config.num_hidden_layers // len(group))
 
 
 def tokenizer_for(config: ModelConfig) -> PreTrainedTokenizerBase:

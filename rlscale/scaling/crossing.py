@@ -40,7 +40,8 @@ class Crossing:
 
 
 def crossings(rows: Iterable[dict[str, Any]]) -> list[Crossing]:
-    """Crossing lengths of a summary's rows (`rlscale.scaling.summary.summarise`), per quantity and budget.
+    """Crossing lengths of a summary's rows (`rlscale.scaling.summary.summarise`), per quantity and budget, of
+    the preset's hybrid: other ratios of KDA to MLA are compared length by length.
 
     Between two measured lengths the logarithm of hybrid/MLA is taken as linear in the logarithm of the
     length; the crossing is the last point where the hybrid gets ahead. Lengths without a pair of seeds do not

@@ -99,10 +99,11 @@ def asymptotes(curves: Sequence[FittedCurve]) -> Figure | None:
     names = ("A", "C_mid", "B")
     titles = ("asymptote A", f"midpoint C_mid\n({AXES[fitted[0].axis]})", "exponent B")
     ratios = sorted({c.cell.budget_ratio for c in fitted})
-    for architecture in ARCHITECTURES:
+    present = [a for a in ARCHITECTURES if any(c.architecture == a for c in fitted)]
+    for place, architecture in enumerate(present):
         look = ARCHITECTURES[architecture]
-        # A little apart, so that intervals of the two architectures can be told from each other.
-        shift = {"hybrid": 0.97, "mla": 1.03}[architecture]
+        # A little apart, so that intervals of the architectures can be told from each other.
+        shift = 1.03 ** (2 * place - len(present) + 1)
         for i, ratio in enumerate(ratios):
             mine = [c for c in fitted if c.architecture == architecture and c.cell.budget_ratio == ratio]
             for panel, name in zip(panels, names, strict=True):
@@ -121,8 +122,7 @@ def asymptotes(curves: Sequence[FittedCurve]) -> Figure | None:
         style.log_ticks(panel)
     handles = [
         Line2D([], [], color=look.colour, ls=look.line, marker=look.marker, label=look.label)
-        for architecture, look in ARCHITECTURES.items()
-        if any(c.architecture == architecture for c in fitted)
+        for look in (ARCHITECTURES[architecture] for architecture in present)
     ]
     handles.append(Line2D([], [], color=GREY, lw=0.8, label="95% bootstrap interval"))
     place_legend(figure, handles)

@@ -13,6 +13,7 @@ cannot carry are left out.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ from rlscale.scaling.style import (
     CACHE_CLAIMS,
     GREY,
     PHASES,
+    SHORT_NAMES,
     THROUGHPUT_CLAIMS,
     Claims,
     Look,
@@ -211,7 +213,7 @@ def _against_length(cells: Cells, name: str, label: str, scale: float, claims: C
 
 
 def _ratios(ratios: list[Ratio]) -> Figure | None:
-    """Hybrid over full MLA against length, on a logarithmic axis with 1 marked."""
+    """Each hybrid over full MLA against length, on a logarithmic axis with 1 marked."""
     quantities = {
         "rollout_tokens_per_s": "rollout tokens per second\n(above 1: hybrid faster)",
         "cache_bytes_per_sequence": "cache per sequence\n(below 1: hybrid smaller)",
@@ -223,12 +225,18 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
     figure, [panels] = style.new_figure(1, len(titles))
     cells = {r: Cell(r.required_length, r.budget) for r in ratios}
     budgets = sorted({cell.budget_ratio for cell in cells.values()})
-    look = Look("", "black")
+    hybrids = list(dict.fromkeys(r.architecture for r in ratios))
+    # A single hybrid needs no name: the axis says what is compared.
+    looks = {a: ARCHITECTURES[a] for a in hybrids} if len(hybrids) > 1 else {hybrids[0]: Look("", "black")}
     for panel, (quantity, title) in zip(panels, titles.items(), strict=True):
         panel.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
         edges = [1.0]
-        for budget in budgets:
-            found = [r for r in ratios if r.quantity == quantity and cells[r].budget_ratio == budget]
+        for (hybrid, look), budget in itertools.product(looks.items(), budgets):
+            found = [
+                r
+                for r in ratios
+                if (r.quantity, r.architecture, cells[r].budget_ratio) == (quantity, hybrid, budget)
+            ]
             lengths, values = [r.required_length for r in found], [r.ratio for r in found]
             panel.plot(lengths, values, color=look.colour, **budget_look(look, budget, budgets))
             for r in found:
@@ -239,7 +247,12 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
         _ratio_axis(panel, edges)
         style.length_axis(panel, [r.required_length for r in ratios if r.quantity == quantity])
     panels[0].set_ylabel("hybrid / full MLA")
-    handles = budget_handles(look, budgets)
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
+        for look in looks.values()
+        if look.label
+    ]
+    handles += budget_handles(Look("", "black"), budgets)
     if any(r.low is not None for r in ratios):
         handles.append(Line2D([], [], color="black", lw=1, label="95% paired bootstrap interval over seeds"))
     if handles:
@@ -310,7 +323,7 @@ def _step_times(cells: Cells) -> Figure | None:
         )
         bottom += heights
     panel.set_xlim(positions[0] - 0.7, positions[-1] + 0.7)
-    panel.set_xticks(positions, [{"hybrid": "hybrid", "mla": "MLA"}[a] for _, a, _ in bars])
+    panel.set_xticks(positions, [SHORT_NAMES[a] for _, a, _ in bars])
     panel.tick_params(axis="x", length=0)
     panel.grid(axis="x", visible=False)
     for cell in shown:

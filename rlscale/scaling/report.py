@@ -201,10 +201,11 @@ def _name(run: RunRecord, folders: Sequence[Path]) -> str:
 
 
 def _pair(runs: Sequence[RunRecord]) -> list[str]:
-    """The two runs shown side by side at first: both architectures of the longest cell, if there are."""
+    """The two runs shown side by side at first: a hybrid and full MLA of the longest cell, if there are."""
     order = sorted(
         range(len(runs)), key=lambda i: (-runs[i].config.task.required_length, runs[i].config.seed)
     )
-    left = next((i for i in order if runs[i].config.architecture == "hybrid"), order[0])
-    right = next((i for i in order if runs[i].config.architecture != runs[left].config.architecture), left)
+    left = next((i for i in order if runs[i].config.architecture != "mla"), order[0])
+    others = [i for i in order if runs[i].config.architecture != runs[left].config.architecture]
+    right = next((i for i in others if runs[i].config.architecture == "mla"), next(iter(others), left))
     return [str(left), str(right)]

@@ -19,11 +19,25 @@ from rlscale.scaling.series import (
     over_steps,
     step_phases,
 )
-from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, Claims, engineering
+from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, SHORT_NAMES, Claims, engineering
 from rlscale.scaling.summary import Ratio
 
-_SYMBOLS = {"hybrid": "circle", "mla": "square"}
-_DASHES = {"hybrid": "solid", "mla": "dash"}
+_SYMBOLS = {
+    "hybrid": "circle",
+    "hybrid_15to1": "triangle-down",
+    "hybrid_7to1": "triangle-up",
+    "hybrid_3to1": "diamond",
+    "hybrid_1to1": "cross",
+    "mla": "square",
+}
+_DASHES = {
+    "hybrid": "solid",
+    "hybrid_15to1": "dot",
+    "hybrid_7to1": "dashdot",
+    "hybrid_3to1": "solid",
+    "hybrid_1to1": "longdashdot",
+    "mla": "dash",
+}
 _POINTS = 60  # of a drawn curve, and at most of a run's metrics
 
 
@@ -172,27 +186,29 @@ def against_length(
 
 
 def ratio_figure(ratios: Sequence[Ratio]) -> ReportFigure | None:
-    """Hybrid over MLA against length, a choice for each quantity."""
+    """Each hybrid over MLA against length, a choice for each quantity."""
     quantities = [q for q in COMPARED if any(r.quantity == q for r in ratios)]
     if not quantities:
         return None
     plots = {}
     for i, quantity in enumerate(quantities):
         mine = [r for r in ratios if r.quantity == quantity]
-        rows = [
-            (r.ratio, r.ratio, r.ratio) if r.low is None or r.high is None else (r.ratio, r.low, r.high)
-            for r in mine
-        ]
-        line = {
-            "x": [r.required_length for r in mine],
-            "y": _rounded(r.ratio for r in mine),
-            "mode": "lines+markers" if len({r.budget for r in mine}) == len(mine) else "markers",
-            "marker": {"color": "black", "size": 8},
-            "line": {"color": "black"},
-            "error_y": _errors(rows) | {"color": "black"},
-            "text": [f"{r.seeds} paired seeds, budget {r.budget}" for r in mine],
-            "showlegend": False,
-        }
+        hybrids = list(dict.fromkeys(r.architecture for r in mine))
+        lines, rows = [], []
+        for hybrid in hybrids:
+            its = [r for r in mine if r.architecture == hybrid]
+            bars = [
+                (r.ratio, r.ratio, r.ratio) if r.low is None or r.high is None else (r.ratio, r.low, r.high)
+                for r in its
+            ]
+            rows += bars
+            # A single hybrid needs no name: the axis says what is compared.
+            line = _line(hybrid, [r.required_length for r in its], [r.ratio for r in its])
+            line |= {"error_y": _errors(bars), "showlegend": len(hybrids) > 1}
+            line["text"] = [f"{r.seeds} paired seeds, budget {r.budget}" for r in its]
+            if len({r.budget for r in its}) < len(its):
+                line["mode"] = "markers"
+            lines.append(line)
         ends = [1.25, 0.8, *(value for row in rows for value in row)]
         lengths = [r.required_length for r in mine]
         layout = _length_layout("hybrid / full MLA", lengths, _log_axis(ends))
@@ -207,7 +223,7 @@ def ratio_figure(ratios: Sequence[Ratio]) -> ReportFigure | None:
                 "line": {"color": GREY, "dash": "dot", "width": 1.5},
             }
         ]
-        plots[str(i)] = {"data": [line], "layout": layout}
+        plots[str(i)] = {"data": lines, "layout": layout}
     return ReportFigure(
         "ratio",
         "Hybrid over full MLA",
@@ -221,7 +237,7 @@ def ratio_figure(ratios: Sequence[Ratio]) -> ReportFigure | None:
 def step_times(cells: Cells) -> ReportFigure | None:
     """Seconds of a step by phase, stacked, a bar for each cell and architecture."""
     bars = [
-        (label, {"hybrid": "hybrid", "mla": "MLA"}[architecture], phases)
+        (label, SHORT_NAMES[architecture], phases)
         for label, groups in zip(_labels(cells), cells.values(), strict=True)
         for architecture, runs in groups.items()
         if (phases := step_phases(runs))

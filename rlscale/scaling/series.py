@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from rlscale.config import Architecture
 from rlscale.errors import UserError
 from rlscale.runs import RunRecord
 
@@ -66,9 +67,10 @@ class Curve:
 
 
 def by_cell(runs: Sequence[RunRecord]) -> Cells:
-    """Runs by cell (shortest first) and architecture (hybrid first), ordered by seed."""
+    """Runs by cell (shortest first) and architecture (hybrids first), ordered by seed."""
+    order = get_args(Architecture)
     cells: dict[Cell, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda r: (r.config.architecture, r.config.seed)):
+    for run in sorted(runs, key=lambda r: (order.index(r.config.architecture), r.config.seed)):
         cells[Cell(run.config.task.required_length, run.config.budget)][run.config.architecture].append(run)
     return dict(sorted(cells.items()))
 

@@ -22,6 +22,7 @@ COLUMN_WIDTH = 3.4
 PANEL_HEIGHT = 2.1
 
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE = "#56B4E9", "#CC79A7"
 GREY = "#666666"
 
 RC: dict[Any, Any] = {
@@ -62,8 +63,21 @@ class Look:
 
 ARCHITECTURES = {
     "hybrid": Look("KDA/MLA hybrid", BLUE, "o", "-"),
+    "hybrid_15to1": Look("KDA:MLA 15:1", PURPLE, "v", (0, (1, 1))),
+    "hybrid_7to1": Look("KDA:MLA 7:1", GREEN, "^", (0, (6, 1, 1, 1))),
+    "hybrid_3to1": Look("KDA:MLA 3:1", SKY, "D", (0, (8, 1))),
+    "hybrid_1to1": Look("KDA:MLA 1:1", ORANGE, "P", (0, (3, 1, 1, 1, 1, 1))),
     "mla": Look("full MLA", VERMILLION, "s", (0, (4, 1.5))),
 }
+SHORT_NAMES = {
+    "hybrid": "hybrid",
+    "hybrid_15to1": "15:1",
+    "hybrid_7to1": "7:1",
+    "hybrid_3to1": "3:1",
+    "hybrid_1to1": "1:1",
+    "mla": "MLA",
+}
+"""Where a label has no room for the architecture's full name."""
 PHASES = {
     "rollout_s": Look("rollout", BLUE, hatch=""),
     "train_s": Look("learner", ORANGE, hatch="////"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 from rlscale.errors import UserError
 from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED
+from rlscale.scaling.style import ARCHITECTURES, SHORT_NAMES
 
 FIELDS = (
     "architecture",
@@ -33,15 +35,17 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Hybrid over full MLA in one quantity, at one required length and budget.
+    """A hybrid over full MLA in one quantity, at one required length and budget.
 
     Args:
+        architecture: the hybrid.
         ratio: mean over the seeds that both architectures have, hybrid's over MLA's.
         low, high: 95% paired bootstrap interval over those seeds; None with a single seed, which says nothing
             about the spread.
         seeds: number of pairs.
     """
 
+    architecture: str
     required_length: int
     budget: int
     quantity: str
@@ -80,7 +84,7 @@ def write_summary(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def hybrid_to_mla(rows: Iterable[dict[str, Any]]) -> list[Ratio]:
-    """Ratios of throughput, cache and final pass rate, for each length and budget, paired by seed.
+    """Ratios of throughput, cache and final pass rate, for each hybrid, length and budget, paired by seed.
 
     The interval resamples the pairs, so what a seed does to both architectures cancels. A ratio whose MLA
     side is 0 is left out.
@@ -92,12 +96,13 @@ def hybrid_to_mla(rows: Iterable[dict[str, Any]]) -> list[Ratio]:
         cells[row["required_length"], row["budget"]][row["seed"]][row["architecture"]] = row
     ratios = []
     for (length, budget), seeds in sorted(cells.items()):
-        pairs = [sides for _, sides in sorted(seeds.items()) if {"hybrid", "mla"} <= sides.keys()]
-        for quantity in COMPARED:
-            values = [(sides["hybrid"][quantity], sides["mla"][quantity]) for sides in pairs]
+        for hybrid, quantity in itertools.product((a for a in ARCHITECTURES if a != "mla"), COMPARED):
+            pairs = [sides for _, sides in sorted(seeds.items()) if {hybrid, "mla"} <= sides.keys()]
+            values = [(sides[hybrid][quantity], sides["mla"][quantity]) for sides in pairs]
             both = np.array([pair for pair in values if None not in pair], dtype=float)
             if len(both) and both[:, 1].any():
-                ratios.append(Ratio(length, budget, quantity, *_paired_ratio(both), seeds=len(both)))
+                found = _paired_ratio(both)
+                ratios.append(Ratio(hybrid, length, budget, quantity, *found, seeds=len(both)))
     return ratios
 
 
@@ -149,20 +154,21 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def ratio_table(ratios: Sequence[Ratio]) -> Table:
-    """Hybrid over MLA, a line for each length and budget; intervals where several seeds carry them."""
+    """Hybrid over MLA, a line for each hybrid, length and budget; intervals where seeds carry them."""
     table = Table(title="Hybrid / full MLA, same seeds", box=None, pad_edge=False, header_style="bold")
-    for heading in ("length", "budget", "seeds", "tokens/s", "cache", "final pass rate"):
+    for heading in ("length", "budget", "hybrid", "seeds", "tokens/s", "cache", "final pass rate"):
         table.add_column(heading, justify="right", no_wrap=True)
-    by_cell: dict[tuple[int, int], dict[str, Ratio]] = defaultdict(dict)
+    by_cell: dict[tuple[int, int, str], dict[str, Ratio]] = defaultdict(dict)
     for ratio in ratios:
-        by_cell[ratio.required_length, ratio.budget][ratio.quantity] = ratio
-    for (length, budget), found in by_cell.items():
+        by_cell[ratio.required_length, ratio.budget, ratio.architecture][ratio.quantity] = ratio
+    for (length, budget, hybrid), found in by_cell.items():
         texts = []
         for quantity in COMPARED:
             r = found.get(quantity)
             interval = "" if r is None or r.low is None else f" [{r.low:.2f}, {r.high:.2f}]"
             texts.append("–" if r is None else f"{r.ratio:.2f}{interval}")
-        table.add_row(str(length), str(budget), str(max(r.seeds for r in found.values())), *texts)
+        seeds = max(r.seeds for r in found.values())
+        table.add_row(str(length), str(budget), SHORT_NAMES[hybrid], str(seeds), *texts)
     return table
 
 

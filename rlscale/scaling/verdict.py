@@ -11,6 +11,7 @@ import numpy as np
 from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import FittedCurve
+from rlscale.scaling.style import ARCHITECTURES, SHORT_NAMES
 from rlscale.scaling.summary import Ratio
 
 EXPECTED_METRICS = {
@@ -22,6 +23,12 @@ EXPECTED_METRICS = {
 }
 """Metrics that figures draw where a run recorded them, and what they are called."""
 
+SUBJECTS = {
+    name: "The hybrid" if name == "hybrid" else look.label
+    for name, look in ARCHITECTURES.items()
+    if name != "mla"
+}
+"""What sentences call each hybrid."""
 _LEADS = {
     "rollout_tokens_per_s": ("generates faster", "generates no faster"),
     "cache_bytes_per_sequence": ("needs less cache", "needs no less cache"),
@@ -50,15 +57,21 @@ def judge(
         ratios, crossings: of the finished runs' summaries.
         curves: fitted, all against one compute axis.
     """
-    findings = [
-        _about(quantity, _longest(ratios, quantity), _along(crossings, quantity))
-        for quantity in COMPARED
-        if _longest(ratios, quantity)
-    ]
+    findings, headlines = [], []
+    for hybrid in dict.fromkeys(ratio.architecture for ratio in ratios):
+        its = [ratio for ratio in ratios if ratio.architecture == hybrid]
+        crossed = crossings if hybrid == "hybrid" else ()
+        headlines.append(_headline(SUBJECTS[hybrid], its, crossed))
+        findings += [
+            _about(SHORT_NAMES[hybrid], quantity, ratio, _along(crossed, quantity))
+            for quantity in COMPARED
+            if (ratio := _longest(its, quantity))
+        ]
     findings += _about_asymptotes(curves)
     findings += _about_extrapolation(curves)
     findings.append(_about_seeds(runs))
-    return Verdict(_headline(ratios, crossings), findings, _missing(runs, curves))
+    nothing = "No verdict: no length has a finished run of a hybrid and of full MLA with the same seed."
+    return Verdict(" ".join(headlines) or nothing, findings, _missing(runs, curves))
 
 
 def unrecorded(runs: Sequence[RunRecord]) -> list[str]:
@@ -72,9 +85,7 @@ def unrecorded(runs: Sequence[RunRecord]) -> list[str]:
     return texts
 
 
-def _headline(ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> str:
-    if not ratios:
-        return "No verdict: no length has a finished run of both architectures with the same seed."
+def _headline(subject: str, ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> str:
     parts = []
     for quantity, (leads, lags) in _LEADS.items():
         ratio, crossing = _longest(ratios, quantity), _along(crossings, quantity)
@@ -90,7 +101,7 @@ def _headline(ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> str:
             parts.append(f"{lags} even at {crossing.lengths[1]:,} tokens")
         else:
             parts.append(f"{leads} from about {crossing.length:,.0f} tokens of output on")
-    return "The hybrid " + "; ".join(parts) + "."
+    return f"{subject} " + "; ".join(parts) + "."
 
 
 def _undecided(ratio: Ratio) -> bool:
@@ -115,10 +126,9 @@ def _along(crossings: Sequence[Crossing], quantity: str) -> Crossing | None:
     return max(mine, key=lambda c: c.budget_ratio, default=None)
 
 
-def _about(quantity: str, ratio: Ratio | None, crossing: Crossing | None) -> str:
-    assert ratio is not None
+def _about(hybrid: str, quantity: str, ratio: Ratio, crossing: Crossing | None) -> str:
     name = COMPARED[quantity][0]
-    text = f"{name.capitalize()}: hybrid / full MLA is {ratio.ratio:.2f}"
+    text = f"{name.capitalize()}: {hybrid} / full MLA is {ratio.ratio:.2f}"
     if ratio.low is None:
         text += f" at {ratio.required_length:,} tokens, from one pair of seeds, so its spread is unknown"
     else:
@@ -140,25 +150,31 @@ def _about(quantity: str, ratio: Ratio | None, crossing: Crossing | None) -> str
 
 
 def _about_asymptotes(curves: Sequence[FittedCurve]) -> list[str]:
-    """The longest cell where both architectures carry a fit."""
+    """Of each hybrid, the longest cell where it and full MLA carry a fit."""
     by_cell: dict[Any, dict[str, FittedCurve]] = {}
     for curve in curves:
         if curve.fit is not None:
             by_cell.setdefault(curve.cell, {})[curve.architecture] = curve
-    both = [cell for cell, found in by_cell.items() if {"hybrid", "mla"} <= found.keys()]
-    if not both:
-        return []
-    cell = max(both)
-    hybrid, mla = by_cell[cell]["hybrid"].fit, by_cell[cell]["mla"].fit
-    assert hybrid is not None
-    assert mla is not None
-    low, high = np.percentile(hybrid.samples[:, 0] - mla.samples[:, 0], [2.5, 97.5])
-    difference = hybrid.A.value - mla.A.value
-    decided = "no difference that can be told from noise" if low <= 0 <= high else "a difference beyond noise"
-    return [
-        f"Fitted asymptotes at {cell.required_length:,} tokens: hybrid {hybrid.A.value:.2f}, full MLA "
-        f"{mla.A.value:.2f}; difference {difference:+.2f} [{low:+.2f}, {high:+.2f}], {decided}."
-    ]
+    texts = []
+    for name in SUBJECTS:
+        both = [cell for cell, found in by_cell.items() if {name, "mla"} <= found.keys()]
+        if not both:
+            continue
+        cell = max(both)
+        hybrid, mla = by_cell[cell][name].fit, by_cell[cell]["mla"].fit
+        assert hybrid is not None
+        assert mla is not None
+        low, high = np.percentile(hybrid.samples[:, 0] - mla.samples[:, 0], [2.5, 97.5])
+        difference = hybrid.A.value - mla.A.value
+        decided = (
+            "no difference that can be told from noise" if low <= 0 <= high else "a difference beyond noise"
+        )
+        texts.append(
+            f"Fitted asymptotes at {cell.required_length:,} tokens: {SHORT_NAMES[name]} "
+            f"{hybrid.A.value:.2f}, full MLA {mla.A.value:.2f}; difference {difference:+.2f} "
+            f"[{low:+.2f}, {high:+.2f}], {decided}."
+        )
+    return texts
 
 
 def _about_extrapolation(curves: Sequence[FittedCurve]) -> list[str]:

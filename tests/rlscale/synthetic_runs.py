@@ -28,7 +28,7 @@ def write_run(
     tree = {"architecture": architecture, "seed": seed, "steps": steps, **changes}
     config = parse_config(RunConfig, {**tree, "task": {"required_length": length, **changes.get("task", {})}})
     rng = np.random.default_rng([seed, length, architecture == "mla"])
-    hybrid = architecture == "hybrid"
+    hybrid = architecture != "mla"
     speed = (900 if hybrid else 1000 * (40 / length) ** 0.2) * rng.uniform(0.95, 1.05)
     cache = 70_000 + 150.0 * length if hybrid else 1152.0 * length
     tokens, wall = 0, 0.0
