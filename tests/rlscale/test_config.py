@@ -125,7 +125,7 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
             "run: {algorithm: {importance: {kind: mask, high: 0.5}}}",
             r"^run\.algorithm\.importance\.high: .* equal to 1 \(given: 0\.5\)",
         ),
-        (RunConfig, "architecture: gdn", r"architecture: .*'hybrid' or 'mla' \(given: 'gdn'\)"),
+        (RunConfig, "architecture: gdn", r"architecture: .*'hybrid_1to1' or 'mla' \(given: 'gdn'\)"),
         (RunConfig, "task: {required_length: 0}", r"task\.required_length: .* or equal to 1 \(given: 0\)"),
         (
             RunConfig,
