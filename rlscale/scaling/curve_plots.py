@@ -102,8 +102,7 @@ def asymptotes(curves: Sequence[FittedCurve]) -> Figure | None:
     present = [a for a in ARCHITECTURES if any(c.architecture == a for c in fitted)]
     for place, architecture in enumerate(present):
         look = ARCHITECTURES[architecture]
-        # A little apart, so that intervals of the architectures can be told from each other.
-        shift = 1.03 ** (2 * place - len(present) + 1)
+        shift = style.apart(place, len(present))
         for i, ratio in enumerate(ratios):
             mine = [c for c in fitted if c.architecture == architecture and c.cell.budget_ratio == ratio]
             for panel, name in zip(panels, names, strict=True):

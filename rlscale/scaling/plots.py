@@ -237,11 +237,12 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
                 for r in ratios
                 if (r.quantity, r.architecture, cells[r].budget_ratio) == (quantity, hybrid, budget)
             ]
-            lengths, values = [r.required_length for r in found], [r.ratio for r in found]
+            shift = style.apart(hybrids.index(hybrid), len(hybrids))
+            lengths, values = [r.required_length * shift for r in found], [r.ratio for r in found]
             panel.plot(lengths, values, color=look.colour, **budget_look(look, budget, budgets))
             for r in found:
                 if r.low is not None and r.high is not None:
-                    panel.plot([r.required_length] * 2, [r.low, r.high], color=look.colour, lw=1)
+                    panel.plot([r.required_length * shift] * 2, [r.low, r.high], color=look.colour, lw=1)
                 edges += [v for v in (r.low, r.ratio, r.high) if v]
         panel.set_title(title)
         _ratio_axis(panel, edges)

@@ -7,20 +7,29 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from rich.console import Console
 from synthetic_runs import write_sweep
 
 from kimi_linear.checkpoint import save_checkpoint
 from kimi_linear.config import FULL_ATTENTION, LINEAR_ATTENTION, parameter_count, preset, uses_rope
 from kimi_linear.model import KimiLinearForCausalLM
-from rlscale.config import Architecture, ModelConfig, SweepConfig, load_config
+from rlscale.algorithms import GRPOConfig
+from rlscale.config import Architecture, LearnerConfig, ModelConfig, SweepConfig, load_config
 from rlscale.errors import UserError
+from rlscale.experience import Prompt, Scorer
+from rlscale.learner.advantages import assign_advantages
+from rlscale.learner.learner import LearnerSpec
 from rlscale.models import model_config
+from rlscale.rollout.engine import group_requests
+from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.runs import find_runs
 from rlscale.scaling import hybrid_to_mla, ratio_table, style, summarise
 from rlscale.scaling.plots import figures
 from rlscale.scaling.report import report_data
 from rlscale.sweep import check
+from rlscale.tasks import build_tokenizer, encode_prompt, make_task
+from rlscale.types import Sampling
 
 STUDY = Path(__file__).parents[2] / "experiments" / "hybrid_ratio.yaml"
 EIGHT_LAYERS = {"num_hidden_layers": 8, "full_attention_layers": [4, 8], "first_k_dense_replace": 8}
@@ -52,6 +61,29 @@ def test_a_checkpoint_of_another_ratio_is_refused(tmp_path: Path) -> None:
         model_config(model, "hybrid_1to1")
     with pytest.raises(UserError, match=r"holds a hybrid, not architecture 'mla'"):
         model_config(model, "mla")
+
+
+@pytest.mark.parametrize("architecture", [*RATIOS, "mla"])
+def test_a_hybrid_of_any_ratio_draws_and_learns(architecture: Architecture) -> None:
+    shape = model_config(ModelConfig(overrides={**EIGHT_LAYERS, "hidden_size": 64}), architecture)
+    learner = LearnerSpec(shape, torch.float32).build(LearnerConfig(), GRPOConfig(), seed=0)
+    engine = ReferenceEngine(shape, torch.float32, 16, 8)
+    engine.load_weights(learner.named_weights(), 1)
+    task, tokenizer = make_task("sorting", 1, {"alphabet": 62}), build_tokenizer()
+    problems = [task.problem("train", key) for key in range(2)]
+    prompts = [Prompt(i, p, encode_prompt(tokenizer, p.prompt)) for i, p in enumerate(problems)]
+    engine.submit(group_requests([prompt.prompt_ids for prompt in prompts], Sampling(4, 4, seed=1)))
+    scorer, rollouts = Scorer(task, tokenizer, "exact"), []
+    while engine.unfinished:
+        for group in engine.step():
+            rollouts += scorer.score(prompts[group.key], group.completions).rollouts
+    for number, rollout in enumerate(rollouts):
+        rollout.reward = float(number % 2)  # a random policy is never right, and all alike teach nothing
+    assign_advantages(rollouts, GRPOConfig())
+    before = learner.model.lm_head.weight.clone()
+    metrics = learner.train_step(rollouts, 1.0)
+    assert metrics["mismatch_max"] < 1e-3
+    assert not torch.equal(before, learner.model.lm_head.weight)
 
 
 def test_every_run_of_the_study_can_start() -> None:
