@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kimi_linear.config import parameter_count
 from rlscale.errors import UserError
@@ -191,3 +193,33 @@ def test_a_captured_step_counts_as_often_as_it_is_called(monkeypatch: pytest.Mon
     plain = GraphedStep(step, None)
     assert [float(plain()) for _ in range(5)] == [1.0] * 5
     assert counts["run"] == 15
+
+
+class Waiting(TorchDispatchMode):
+    """Notes operations for whose result the host would have to wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        by_mask = name.startswith("aten::index") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:2])
+        )
+        if by_mask or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_with_attention_asks_for_nothing_that_the_host_must_wait_for(tmp_path: Path) -> None:
+    config = tiny(architectures=["mla"])
+    lane = study.Lane(config, study.cells(config)[0], CPU, torch.bfloat16, tmp_path)
+    lane.draw()
+    lane.step()
+    with Waiting() as waiting:
+        lane.step()
+    assert waiting.found == []
+    with Waiting() as waiting:
+        lane.look()
+    assert "aten::_local_scalar_dense" in waiting.found
