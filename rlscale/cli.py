@@ -1,4 +1,4 @@
-"""The command line: run, sweep, sft, plot, model, algorithms, settings, tasks, bench, doctor.
+"""The command line: run, sweep, sft, plot, model, algorithms, settings, tasks, plan, bench, doctor.
 
 Imports that take seconds (torch, Ray, vLLM) stay inside the commands, so that `--help` answers at once.
 """
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from rlscale.bench.cli import bench, doctor
 from rlscale.errors import UserError
+from rlscale.plan.cli import plan
 
 if TYPE_CHECKING:
     from rlscale.jobs import Cluster as JobCluster
@@ -65,6 +66,7 @@ Wait = Annotated[
 
 app.add_typer(bench, name="bench")
 app.add_typer(doctor, name="doctor")
+app.command()(plan)
 
 
 @app.command()
@@ -200,8 +202,7 @@ def plot(
 
     Held-out pass rate against steps, generated tokens and wall-clock, with fitted curves against tokens,
     FLOPs and GPU-hours; what the fits say against length; tokens/s and cache bytes against length; the
-    hybrid/MLA ratio and from which length the hybrid leads. Each figure as PNG and SVG, the fits' numbers in
-    fits.json.
+    hybrid/MLA ratio and from which length the hybrid leads. Each figure as PNG and SVG.
     """
     out = output or folders[0] / "plots"
     draw(folders, out, out / "summary.json")

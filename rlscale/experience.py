@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlscale.config import EvaluationConfig
@@ -193,6 +194,12 @@ class Experience:
         return fmean(len(rollout.completion.token_ids) for rollout in self.rollouts)
 
     @property
+    def response_tokens_quantiles(self) -> list[float]:
+        """Lengths of completions from the shortest to the longest, at every tenth of them."""
+        lengths = [len(rollout.completion.token_ids) for rollout in self.rollouts]
+        return [float(length) for length in np.quantile(lengths, np.linspace(0, 1, 11))]
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest prompt and completion together."""
         return max(len(r.prompt_ids) + len(r.completion.token_ids) for r in self.rollouts)
@@ -201,12 +208,13 @@ class Experience:
     def truncated_fraction(self) -> float:
         return fmean(r.completion.finish_reason == "length" for r in self.rollouts)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """Names and units as `metrics.jsonl` has them."""
         return {
             "reward_mean": fmean(r.reward for r in self.rollouts),
             "pass_rate": self.pass_rate,
             "response_tokens_mean": self.response_tokens_mean,
+            "response_tokens_quantiles": self.response_tokens_quantiles,
             "truncated_fraction": self.truncated_fraction,
             "interrupted_fraction": fmean(r.completion.forced is not None for r in self.rollouts),
             "filtered_solved": self.filtered_solved,

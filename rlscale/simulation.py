@@ -2,7 +2,7 @@
 clock, to see in seconds who would wait for whom.
 
 Time is a queue of events, so a simulation is as fast as its events are few, and the same every time. Engines
-draw completions of given lengths; how fast depends on how many they hold.
+draw completions of given lengths; how fast depends on how many they hold, and behind how much context.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any
 
 from rlscale.algorithms import SelectionConfig
@@ -35,12 +33,15 @@ _TOKEN_TOLERANCE = 1e-6
 class SimulatedEngines:
     """What engines there are and how fast they draw.
 
-    A step that draws one token of each of n completions takes `step_s + n * completion_s` seconds.
+    A step that draws one token of each of n completions behind c tokens of context, of all n together, takes
+    `step_s + n * completion_s + c * context_token_s` seconds.
 
     Args:
         workers: engines.
         max_num_seqs: completions that one engine draws at the same time.
-        prefill_token_s: seconds to read one token again after a weight update in flight.
+        prefill_token_s: seconds to read a token of a prompt, or to read one again after a weight update in
+            flight.
+        prompt_tokens: of each completion.
     """
 
     workers: int
@@ -48,10 +49,12 @@ class SimulatedEngines:
     step_s: float
     completion_s: float
     prefill_token_s: float
+    context_token_s: float = 0.0
+    prompt_tokens: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all engines together, full."""
+        """Of all engines together, full of completions that have just begun, contexts apart."""
         step_s = self.step_s + self.max_num_seqs * self.completion_s
         return self.workers * self.max_num_seqs / step_s
 
@@ -64,27 +67,6 @@ class SimulatedLearner:
     step_s: float
     token_s: float
     sync_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class LogNormalLengths:
-    """Completion lengths with a heavy tail: exp(N(log median, sigma²)) tokens, cut off at the budget.
-
-    A completion's length depends on the seed and its place, not on who draws it or when.
-    """
-
-    median: float
-    sigma: float
-    budget: int
-    seed: int = 0
-
-    def __call__(self, place: int, sample: int) -> int:
-        draw = random.Random(f"{self.seed} {place} {sample}").gauss(math.log(self.median), self.sigma)
-        return max(1, min(self.budget, round(math.exp(draw))))
-
-    def mean(self, draws: int = 10_000) -> float:
-        """Mean length, from as many draws."""
-        return fmean(self(place, 0) for place in range(draws))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +128,7 @@ def simulate(
     """
     if steps <= skip:
         raise ValueError(f"of {steps} steps the first {skip} are left out: simulate more")
-    clock = _Clock()
+    clock = SimulatedClock()
     pool = _Pool(
         clock, engines, lengths, isinstance(mode, AsynchronousConfig) and mode.in_flight == "recompute"
     )
@@ -186,7 +168,7 @@ def simulate(
     )
 
 
-class _Clock:
+class SimulatedClock:
     """Simulated time, and what is due."""
 
     def __init__(self) -> None:
@@ -230,12 +212,7 @@ class _Draft:
 
     group: _Group
     length: int
-    remaining: float
     spans: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def drawn(self) -> int:
-        return self.length - math.ceil(self.remaining - _TOKEN_TOLERANCE)
 
     def completion(self) -> Completion:
         ends = [start for _, start in self.spans[1:]] + [self.length]
@@ -246,19 +223,26 @@ class _Draft:
 
 
 class _Engine:
-    """Draws all its completions at the same pace, which their number sets."""
+    """Draws all its completions at the same pace, which their number and contexts set.
+
+    `_depth` counts the tokens that a completion running all the time would have by now, so each ends at a
+    depth that is known when it begins.
+    """
 
     def __init__(self, pool: _Pool) -> None:
         self._pool, self._speed = pool, pool.engines
         self.waiting: deque[_Draft] = deque()
-        self.running: list[_Draft] = []
+        self._running: list[tuple[float, int, _Draft]] = []  # a heap, by the depth at which each ends
+        self._count = itertools.count()
+        self._depth = 0.0
+        self._drawn = 0.0  # tokens of the completions that run
         self._settled = 0.0  # time up to which progress is on record
         self._still_until = 0.0
         self._plan = 0  # events of earlier plans are void
 
     @property
     def load(self) -> int:
-        return len(self.waiting) + len(self.running)
+        return len(self.waiting) + len(self._running)
 
     def take(self, group: _Group) -> None:
         self.settle()
@@ -268,7 +252,11 @@ class _Engine:
     def forget(self, groups: set[_Group]) -> None:
         self.settle()
         self.waiting = deque(draft for draft in self.waiting if draft.group not in groups)
-        self.running = [draft for draft in self.running if draft.group not in groups]
+        kept = [entry for entry in self._running if entry[2].group not in groups]
+        if len(kept) < len(self._running):
+            self._running = kept
+            heapq.heapify(kept)
+            self._drawn = sum(draft.length - (end - self._depth) for end, _, draft in kept)
         self.plan()
 
     def stand_still(self, seconds: float) -> None:
@@ -278,57 +266,75 @@ class _Engine:
 
     def update(self, version: int, recompute: bool) -> None:
         self.settle()
-        for draft in self.running:
-            draft.spans.append((version, draft.drawn))
+        for end, _, draft in self._running:
+            drawn = draft.length - math.ceil(end - self._depth - _TOKEN_TOLERANCE)
+            draft.spans.append((version, drawn))
         if recompute:
-            self.stand_still(self._speed.prefill_token_s * sum(draft.drawn for draft in self.running))
+            read = self._drawn + len(self._running) * self._speed.prompt_tokens
+            self.stand_still(self._speed.prefill_token_s * read)
 
     def settle(self) -> None:
         """Puts what was drawn since the last time on record."""
         now = self._pool.clock()
         seconds = max(0.0, now - max(self._settled, self._still_until))
         self._settled = now
-        n = len(self.running)
+        n = len(self._running)
         if n and seconds:
-            tokens = seconds / self._step_s
-            for draft in self.running:
-                draft.remaining -= tokens
+            # step_s rises with every token drawn: seconds = tokens * step_s + tokens^2 * rise / 2.
+            step_s, rise = self._step_s, n * self._speed.context_token_s
+            tokens = 2 * seconds / (step_s + math.sqrt(step_s**2 + 2 * rise * seconds))
+            self._depth += tokens
+            self._drawn += n * tokens
             self._pool.worked(seconds, n)
 
     def plan(self) -> None:
         """Fills free places and sets the next event: the end of the shortest completion."""
-        while self.waiting and len(self.running) < self._speed.max_num_seqs:
+        begun = 0
+        while self.waiting and len(self._running) < self._speed.max_num_seqs:
             draft = self.waiting.popleft()
             draft.spans.append((self._pool.version, 0))
             if draft.group.oldest_version is None:
                 draft.group.oldest_version = self._pool.version
-            self.running.append(draft)
+            heapq.heappush(self._running, (self._depth + draft.length, next(self._count), draft))
+            begun += 1
+        if begun:
+            prefill_s = begun * self._speed.prompt_tokens * self._speed.prefill_token_s
+            self._still_until = max(self._still_until, self._pool.clock()) + prefill_s
         self._plan += 1
-        if self.running:
+        if self._running:
             begin = max(self._pool.clock(), self._still_until)
-            shortest = max(0.0, min(draft.remaining for draft in self.running))
+            shortest = max(0.0, self._running[0][0] - self._depth)
+            rise = len(self._running) * self._speed.context_token_s
             plan = self._plan
-            self._pool.at(begin + shortest * self._step_s, lambda: self._end(plan))
+            self._pool.at(begin + shortest * self._step_s + shortest**2 * rise / 2, lambda: self._end(plan))
 
     def _end(self, plan: int) -> None:
         if plan != self._plan:
             return
         self.settle()
-        ended = [draft for draft in self.running if draft.remaining <= _TOKEN_TOLERANCE]
-        self.running = [draft for draft in self.running if draft.remaining > _TOKEN_TOLERANCE]
+        ended = []
+        while self._running and self._running[0][0] - self._depth <= _TOKEN_TOLERANCE:
+            ended.append(heapq.heappop(self._running)[2])
+            self._drawn -= ended[-1].length
         self.plan()
         self._pool.ended(ended)
 
     @property
     def _step_s(self) -> float:
-        return self._speed.step_s + len(self.running) * self._speed.completion_s
+        speed, n = self._speed, len(self._running)
+        context = self._drawn + n * speed.prompt_tokens
+        return speed.step_s + n * speed.completion_s + context * speed.context_token_s
 
 
 class _Pool:
     """See `rlscale.sources.Rollouts`."""
 
     def __init__(
-        self, clock: _Clock, engines: SimulatedEngines, lengths: Callable[[int, int], int], recompute: bool
+        self,
+        clock: SimulatedClock,
+        engines: SimulatedEngines,
+        lengths: Callable[[int, int], int],
+        recompute: bool,
     ) -> None:
         self.engines, self.version = engines, -1
         self.at = clock.at
@@ -367,7 +373,7 @@ class _Pool:
         group = _Group(request, deliver)
         for sample in range(request.sampling.samples):
             length = self._lengths(request.sampling.first_prompt, sample)
-            group.drafts.append(_Draft(group, length, length))
+            group.drafts.append(_Draft(group, length))
         return group
 
     def spread(self, groups: Sequence[_Group]) -> None:
@@ -489,7 +495,7 @@ class _Stream:
 class _Weights:
     """See `rlscale.weights.base.WeightSynchronizer`."""
 
-    def __init__(self, clock: _Clock, pool: _Pool, sync_s: float) -> None:
+    def __init__(self, clock: SimulatedClock, pool: _Pool, sync_s: float) -> None:
         self._clock, self._pool, self._sync_s = clock, pool, sync_s
 
     def sync_weights(self) -> SyncReport:

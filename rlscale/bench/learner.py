@@ -33,7 +33,8 @@ def bench_learner(
     peer: bool,
 ) -> Iterator[dict[str, Any]]:
     """A case for each architecture and trainer: `tokens_per_s` (prompts included, padding not), `step_s`,
-    `peak_bytes` of GPU memory, and `flop_utilisation`, the model's operations against the device's peak.
+    `train_flops`, `peak_bytes` of GPU memory, and `flop_utilisation`, the model's operations against the
+    device's peak.
 
     Args:
         lengths: completion tokens of the sequences, all trained on in one optimizer step.
@@ -57,6 +58,7 @@ def bench_learner(
                 "mean_length": sum(lengths) / len(lengths),
                 "longest": max(lengths),
                 "step_s": seconds,
+                "train_flops": flops,
                 "tokens_per_s": sum(totals) / seconds,
                 "peak_bytes": peak,
             }

@@ -7,13 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlscale.config import AsynchronousConfig, OneStepOffConfig, SynchronousConfig
-from rlscale.simulation import (
-    LogNormalLengths,
-    SimulatedEngines,
-    SimulatedLearner,
-    SimulationReport,
-    simulate,
-)
+from rlscale.plan.lengths import LogNormalLengths
+from rlscale.simulation import SimulatedEngines, SimulatedLearner, SimulationReport, simulate
 
 PROMPTS, SAMPLES = 16, 8
 ENGINES = SimulatedEngines(workers=2, max_num_seqs=64, step_s=0.01, completion_s=2e-4, prefill_token_s=1e-5)

@@ -1,0 +1,221 @@
+"""Costs as measured, from what `rlscale bench` and finished runs leave on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import KimiLinearConfig
+
+from kimi_linear.flops import forward_flops
+from rlscale.bench.cli import both_architectures
+from rlscale.config import Architecture, ModelConfig
+from rlscale.errors import UserError
+from rlscale.models import model_config
+from rlscale.plan.costs import EngineSample, LearnerSample
+from rlscale.plan.hardware import Device
+from rlscale.plan.lengths import EmpiricalLengths
+from rlscale.plan.memory import cache_layout, weight_bytes
+from rlscale.runs.reading import RunRecord, read_run
+
+WARM_STEPS = 2
+"""Steps at the start of a run that are no measurement: buffers are made and kernels compiled."""
+
+_CONTEXT = (
+    "model_max_length",
+    "max_position_embeddings",
+)  # what a model may read changes no cost of what it reads
+
+
+@dataclass(slots=True)
+class Measurements:
+    """What was measured of one architecture on one kind of device.
+
+    Args:
+        sync_s: seconds to bring engines on other devices to new weights.
+        shared_sync_s: the same for an engine on the learner's own device.
+        sources: files and folders that something came from.
+    """
+
+    engine: list[EngineSample] = field(default_factory=list)
+    learner: list[LearnerSample] = field(default_factory=list)
+    sync_s: list[float] = field(default_factory=list)
+    shared_sync_s: list[float] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+
+def read_measurements(
+    paths: Sequence[Path], wanted: ModelConfig, architecture: Architecture, device: Device
+) -> Measurements:
+    """What these files and run folders say about one architecture.
+
+    Raises:
+        UserError: a path holds neither results of `rlscale bench` nor a run, or ones of another model, dtype
+            or device.
+    """
+    found = Measurements()
+    for path in paths:
+        before = len(found.engine) + len(found.learner) + len(found.sync_s) + len(found.shared_sync_s)
+        if path.is_dir():
+            _read_run(read_run(path), wanted, architecture, device, found)
+        else:
+            _read_results(path, wanted, architecture, device, found)
+        if len(found.engine) + len(found.learner) + len(found.sync_s) + len(found.shared_sync_s) > before:
+            found.sources.append(str(path))
+    return found
+
+
+def run_lengths(folder: Path) -> EmpiricalLengths:
+    """Lengths of the completions that a run was trained on.
+
+    Raises:
+        UserError: the folder holds no run, or one without steps.
+    """
+    record = read_run(folder)
+    if not record.metrics:
+        raise UserError(f"{folder} has no steps yet: name a run that has")
+    return EmpiricalLengths.of_steps([_quantiles(record, step) for step in record.metrics])
+
+
+def _read_results(
+    path: Path, wanted: ModelConfig, architecture: Architecture, device: Device, found: Measurements
+) -> None:
+    try:
+        results = json.loads(path.read_bytes())
+        measured_on, settings, cases = results["device"], results["settings"], results["cases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--costs {path}: neither a run nor results of `rlscale bench rollout|learner|sync`"
+        ) from None
+    if device.name.lower() not in str(measured_on).lower():
+        raise UserError(
+            f"--costs {path} was measured on '{measured_on}', not on {device.name}: "
+            "measure there, or set --gpu"
+        )
+    shape = model_config(wanted, architecture)
+    if "preset" in settings:
+        measured = both_architectures(settings["preset"], settings["overrides"])["hybrid"]
+        _check_shape(path, measured, model_config(wanted, "hybrid"))
+    if "dtype" in settings:
+        _check_dtype(path, settings["dtype"], wanted.dtype)
+    dtype = getattr(torch, wanted.dtype)
+    layout = cache_layout(shape, dtype, device.is_gpu)
+    for case in cases:
+        if "transport" in case:
+            if abs(case["bytes"] / weight_bytes(shape, dtype) - 1) > 0.02:
+                raise _other_shape(path)
+            if case["version"] > 0:  # the first one sets up what others use again
+                shares = case["transport"] == "cuda_ipc"
+                target = found.shared_sync_s if shares else found.sync_s
+                target.append(case["publish_s"] + case["load_s"])
+        elif case.get("architecture") != architecture:
+            continue
+        elif "kind" in case:
+            if case["cache_bytes_per_sequence"] != layout.sequence_bytes(case["context"]):
+                raise _other_shape(path)
+            found.engine += _engine_samples(case, shape)
+        elif case.get("trainer") == "rlscale":
+            if "train_flops" not in case:
+                raise UserError(
+                    f"--costs {path}: without train_flops, of an earlier version: measure again with "
+                    "`rlscale bench learner`"
+                )
+            found.learner.append(LearnerSample(case["train_flops"], case["step_s"]))
+
+
+def _engine_samples(case: Mapping[str, Any], shape: KimiLinearConfig) -> list[EngineSample]:
+    if case["kind"] == "prefill":
+        flops = forward_flops(shape, [case["context"]], predicted=1).total
+        return [EngineSample(1, 0, 0, flops, case["prefill_s"])]
+    if case["step_ms"] is None:  # so many sequences did not fit
+        return []
+    n = case["sequences"]
+    return [EngineSample(1, n, n * case["context"], 0, case["step_ms"] / 1e3)]
+
+
+def _read_run(
+    record: RunRecord, wanted: ModelConfig, architecture: Architecture, device: Device, found: Measurements
+) -> None:
+    config = record.config
+    kind = config.architecture
+    _check_shape(record.path, model_config(config.model, kind), model_config(wanted, kind))
+    _check_dtype(record.path, config.model.dtype, wanted.dtype)
+    if kind != architecture:
+        return
+    if device.is_gpu != (config.rollout.num_gpus > 0):
+        where = "GPUs" if config.rollout.num_gpus else "CPUs"
+        raise UserError(
+            f"--costs {record.path} ran on {where}, not on {device.name}: name another run or set --gpu"
+        )
+    steps = record.metrics[WARM_STEPS:]
+    if not steps:
+        raise UserError(f"--costs {record.path}: needs a run of more than {WARM_STEPS} steps")
+    shape = model_config(config.model, architecture)
+    is_synchronous = config.mode.kind == "synchronous"
+    for step in steps:
+        found.learner.append(LearnerSample(step["train_flops"] / config.learner.workers, step["learner_s"]))
+        if is_synchronous:
+            found.engine.append(_engine_sample(record, step, shape))
+    sync_s = median(step["sync_stall_s" if is_synchronous else "sync_s"] for step in steps)
+    (found.shared_sync_s if config.rollout.sleep_level else found.sync_s).append(sync_s)
+
+
+def _engine_sample(record: RunRecord, step: Mapping[str, Any], shape: KimiLinearConfig) -> EngineSample:
+    """A whole batch, as one of the engines drew its share of it."""
+    rollout = record.config.rollout
+    trained = rollout.prompts_per_step * rollout.samples_per_prompt
+    mean = step["response_tokens_mean"]
+    prompt = step["tokens"] / trained - mean + 1  # a completion's last token is not read
+    # More than `trained` where groups were left out.
+    completions = step["rollout_tokens_per_s"] * step["rollout_s"] / mean / rollout.workers
+    lengths = EmpiricalLengths.of_steps([_quantiles(record, step)])
+    sequences = completions * mean
+    return EngineSample(
+        steps=max(lengths.quantile(1), sequences / rollout.max_num_seqs),
+        sequences=sequences,
+        contexts=completions * (prompt * mean + lengths.mean_square() / 2),
+        prefill_flops=completions * forward_flops(shape, [round(prompt)], predicted=1).total,
+        seconds=step["batch_wait_s"],
+    )
+
+
+def _quantiles(record: RunRecord, step: Mapping[str, Any]) -> Sequence[float]:
+    """Lengths of a batch's completions at every tenth of them.
+
+    Runs of earlier versions say no more than the mean and the share that spent the budget; the others then
+    count as equally long.
+    """
+    if quantiles := step.get("response_tokens_quantiles"):
+        return list(quantiles)
+    budget, mean, truncated = record.config.budget, step["response_tokens_mean"], step["truncated_fraction"]
+    shorter = min(budget, (mean - truncated * budget) / (1 - truncated)) if truncated < 1 else budget
+    return [shorter if i / 10 < 1 - truncated else budget for i in range(11)]
+
+
+def _check_shape(path: Path, found: KimiLinearConfig, asked: KimiLinearConfig) -> None:
+    ours, theirs = (
+        {key: value for key, value in shape.to_dict().items() if key not in _CONTEXT}
+        for shape in (asked, found)
+    )
+    if ours != theirs:
+        raise _other_shape(path)
+
+
+def _check_dtype(path: Path, found: str, asked: str) -> None:
+    if found != asked:
+        raise UserError(
+            f"--costs {path} was measured in {found}, the config says {asked}: set model.dtype, or "
+            "measure again"
+        )
+
+
+def _other_shape(path: Path) -> UserError:
+    return UserError(
+        f"--costs {path} is of another model than the config's: set model.preset and model.overrides to what "
+        "was measured, or measure this model"
+    )
