@@ -202,7 +202,8 @@ def plot(
 
     Held-out pass rate against steps, generated tokens and wall-clock, with fitted curves against tokens,
     FLOPs and GPU-hours; what the fits say against length; tokens/s and cache bytes against length; the
-    hybrid/MLA ratio and from which length the hybrid leads. Each figure as PNG and SVG.
+    hybrid/MLA ratio and from which length the hybrid leads. Each figure as PNG and SVG, the fits' numbers in
+    fits.json.
     """
     out = output or folders[0] / "plots"
     draw(folders, out, out / "summary.json")

@@ -95,7 +95,7 @@ class Display(AbstractContextManager["Display"]):
                 f"[{style}]{event.run} {event.state}:[/] {escape(event.message)}", highlight=False
             )
         elif not self.console.is_terminal and (news or event.evaluation):
-            self.console.print(self.line(event.run), highlight=False)
+            self.console.print(self.line(event.run), highlight=False, soft_wrap=True)
 
     def line(self, run: str) -> str:
         """A run in one line, for logs."""
@@ -137,6 +137,6 @@ class Display(AbstractContextManager["Display"]):
         if not self.console.is_terminal:
             for run, row in self.rows.items():
                 if row.started is not None:
-                    self.console.print(self.line(run), highlight=False)
+                    self.console.print(self.line(run), highlight=False, soft_wrap=True)
         if kind is KeyboardInterrupt:
             self.console.print("interrupted: --resume continues from the newest checkpoints")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ class Crossing:
     low: float | None
     high: float | None
     lengths: tuple[int, int]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it: infinity, not ahead at the longest length, becomes "never"."""
+        fields = asdict(self) | {"lengths": list(self.lengths)}
+        return {key: "never" if value == math.inf else value for key, value in fields.items()}
 
 
 def crossings(rows: Iterable[dict[str, Any]]) -> list[Crossing]:

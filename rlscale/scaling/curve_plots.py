@@ -16,7 +16,7 @@ from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import AXES, FittedCurve
 from rlscale.scaling.fit import Estimate
 from rlscale.scaling.panels import place_legend
-from rlscale.scaling.style import ARCHITECTURES, GREY
+from rlscale.scaling.style import ARCHITECTURES, GREY, POWER_LAW_LINE, SHORT_NAMES
 
 _BEYOND = 1.5  # curves are drawn to this factor of the largest compute
 
@@ -24,8 +24,9 @@ _BEYOND = 1.5  # curves are drawn to this factor of the largest compute
 def scaling_curves(curves: Sequence[FittedCurve]) -> Figure | None:
     """Held-out reward against compute, a panel per cell; nothing if no curve of the axis has points.
 
-    Solid: the fit over the points that it rests on. Dashed: its extrapolation. Where the first half of the
-    compute carries a fit, the line is that fit and the hollow points were held out from it.
+    Solid: the fit over the points that it rests on. Dashed: its extrapolation. Dotted: a power law fitted to
+    the same points. Where the first half of the compute carries a fit, the line is that fit and the hollow
+    points were held out from it.
     """
     cells = list(dict.fromkeys(c.cell for c in curves if np.isfinite(c.compute).any()))
     if not cells or not any(c.fit for c in curves):
@@ -47,20 +48,28 @@ def scaling_curves(curves: Sequence[FittedCurve]) -> Figure | None:
             shown: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": "", "ms": 3}
             panel.plot(curve.compute[~held_out], curve.reward[~held_out], alpha=0.7, **shown)
             panel.plot(curve.compute[held_out], curve.reward[held_out], fillstyle="none", mew=0.7, **shown)
-            fit = curve.check.fit if curve.check else curve.fit
-            if fit is not None and curve.fit is not None:
+            fit, power_law = curve.drawn, curve.power_law
+            if fit is not None and curve.fit is not None and power_law is not None:
                 last = float(np.nanmax(curve.compute))
                 x = np.linspace(0, last * _BEYOND, 200)
                 inside = x <= fit.compute_range[1]
-                panel.plot(x[inside], fit.predict(x[inside]), color=look.colour, lw=1.3, zorder=3)
-                panel.plot(x[~inside], fit.predict(x[~inside]), color=look.colour, ls=(0, (3, 2)), lw=1.1)
+                # A marker at each line's end, to tell the architectures apart in grey.
+                line: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markevery": [-1]}
+                line |= {"mec": "white", "mew": 0.6, "ms": 5, "zorder": 3}
+                panel.plot(x[inside], fit.predict(x[inside]), lw=1.3, **line)
+                panel.plot(x[~inside], fit.predict(x[~inside]), ls=(0, (3, 2)), lw=1.1, **line)
+                late = x[x >= fit.compute_range[0]]
+                panel.plot(late, power_law.predict(late), ls=POWER_LAW_LINE, lw=0.9, **line | {"ms": 3.5})
                 panel.fill_between(x, *fit.band(x), color=look.colour, alpha=0.13, lw=0)
                 a = curve.fit.A
-                notes.append((look, f"A = {a.value:.2f} [{a.low:.2f}, {a.high:.2f}]"))
+                found = f"A = {a.value:.2f} [{a.low:.2f}, {a.high:.2f}]"
             else:
-                notes.append((look, "no fit"))
+                found = "no fit"
+            notes.append((look, f"{SHORT_NAMES[curve.architecture]}: {found}"))
         for i, (look, note) in enumerate(reversed(notes)):
-            panel.text(0.98, 0.03 + 0.11 * i, note, color=look.colour, ha="right", transform=panel.transAxes)
+            box: dict[str, Any] = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
+            place: dict[str, Any] = {"ha": "right", "transform": panel.transAxes, "zorder": 4, "bbox": box}
+            panel.text(0.98, 0.03 + 0.11 * i, note, color=look.colour, **place)
         panel.set_ylim(-0.02, 1.02)
         panel.set_xlim(left=0)
         panel.xaxis.set_major_locator(MaxNLocator(4))
@@ -82,6 +91,7 @@ def scaling_curves(curves: Sequence[FittedCurve]) -> Figure | None:
         for a in present
     ]
     handles.append(Line2D([], [], color=GREY, ls=(0, (3, 2)), lw=1.1, label="extrapolated"))
+    handles.append(Line2D([], [], color=GREY, ls=POWER_LAW_LINE, lw=0.9, label="power law"))
     if checked:
         label = "held out from the fit"
         handles.append(Line2D([], [], color=GREY, marker="o", fillstyle="none", ls="", label=label))

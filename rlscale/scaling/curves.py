@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rlscale.runs import RunRecord
-from rlscale.scaling.fit import Extrapolation, FitRefused, SigmoidFit, extrapolate, fit_sigmoid
+from rlscale.scaling.fit import (
+    Extrapolation,
+    FitRefused,
+    PowerLawFit,
+    SigmoidFit,
+    extrapolate,
+    fit_power_law,
+    fit_sigmoid,
+)
 from rlscale.scaling.series import Cell, Cells
 
 AXES = {
@@ -19,6 +28,9 @@ AXES = {
     "step": "RL steps",
 }
 """Compute axes and what they are called, the most telling first."""
+
+FITTED_AXES = ("generated_tokens", "flops", "device_hours")
+"""Axes that figures draw fits against."""
 
 _SAMPLES = 300
 
@@ -31,6 +43,7 @@ class FittedCurve:
         compute: [N], cost of each evaluation; reward: [N], held-out mean pass rate; seeds: [N].
         fit: of all points, or None and then `refusal` says why.
         check: the fit of the first half against the rest, or None where the half carries no fit.
+        power_law: of the points that `drawn` is fitted to, for contrast; None without a fit.
     """
 
     cell: Cell
@@ -42,6 +55,12 @@ class FittedCurve:
     fit: SigmoidFit | None
     check: Extrapolation | None
     refusal: str
+    power_law: PowerLawFit | None = None
+
+    @property
+    def drawn(self) -> SigmoidFit | None:
+        """The sigmoid that figures draw: of the first half where that carries one, else of all points."""
+        return self.check.fit if self.check else self.fit
 
 
 def costs(run: RunRecord, axis: str) -> np.ndarray:
@@ -76,15 +95,47 @@ def fit_cell(cell: Cell, architecture: str, runs: Sequence[RunRecord], axis: str
     seeds = np.repeat([run.config.seed for run in runs], [len(run.evaluations) for run in runs])
     same = len({len(rate) for rate in rates}) == 1 and rates[0]
     reward = np.array(rates, dtype=float) if same else means
-    fit = check = None
+    fit = check = power_law = None
     refusal = ""
     try:
         fit = fit_sigmoid(compute, reward, seeds=seeds, samples=_SAMPLES)
         with suppress(FitRefused):
             check = extrapolate(compute, reward, seeds=seeds, samples=_SAMPLES)
+        power_law = check.power_law if check else fit_power_law(compute, reward)
     except FitRefused as error:
         refusal = str(error) if (compute > 0).any() else f"no {AXES[axis]} on record"
-    return FittedCurve(cell, architecture, axis, compute, means, seeds, fit, check, refusal)
+    return FittedCurve(cell, architecture, axis, compute, means, seeds, fit, check, refusal, power_law)
+
+
+def fit_axes(cells: Cells) -> dict[str, list[FittedCurve]]:
+    """`fit_cells` for each of `FITTED_AXES`."""
+    return {axis: fit_cells(cells, axis) for axis in FITTED_AXES}
+
+
+def fit_records(curves: Sequence[FittedCurve]) -> list[dict[str, Any]]:
+    """What the fits found, as JSON can hold it: a record a curve, estimates as [value, low, high]."""
+    records = []
+    for curve in curves:
+        record: dict[str, Any] = {
+            "axis": curve.axis,
+            "architecture": curve.architecture,
+            **curve.cell._asdict(),
+        }
+        if curve.fit is None:
+            records.append(record | {"refusal": curve.refusal})
+            continue
+        for name in ("A", "B", "C_mid", "R0"):
+            estimate = getattr(curve.fit, name)
+            record[name] = [estimate.value, estimate.low, estimate.high]
+        record |= {"rmse": curve.fit.rmse, "points": curve.fit.points}
+        if curve.check is not None:
+            record["first_half"] = {
+                "split": curve.check.split,
+                "error": curve.check.error,
+                "power_law_error": curve.check.power_law_error,
+            }
+        records.append(record)
+    return records
 
 
 def fit_cells(cells: Cells, axis: str) -> list[FittedCurve]:

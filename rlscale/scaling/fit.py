@@ -98,7 +98,7 @@ class Extrapolation:
         error: mean over the later points of |predicted - measured|.
         bias: mean over them of predicted - measured.
         inside: fraction of them inside the prediction's 95% band, widened by the residuals' spread.
-        power_law_error: `error` of a power law fitted to the same part.
+        power_law: fitted to the same part, and power_law_error: its `error`.
         points: later points compared.
     """
 
@@ -107,6 +107,7 @@ class Extrapolation:
     error: float
     bias: float
     inside: float
+    power_law: PowerLawFit
     power_law_error: float
     points: int
 
@@ -272,6 +273,7 @@ def extrapolate(
         error=float(np.abs(off).mean()),
         bias=float(off.mean()),
         inside=float(np.mean((measured >= low - spread) & (measured <= high + spread))),
+        power_law=power,
         power_law_error=float(np.abs(power.predict(late.compute) - measured).mean()),
         points=len(measured),
     )

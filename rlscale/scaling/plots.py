@@ -7,8 +7,8 @@
     ratio, crossing                                     hybrid over full MLA, from which length it leads
     diagnostics, step_time                              what to look at when a curve looks odd
 
-Any set of runs will do: one run, one length, one architecture, unfinished runs. Figures that the records
-cannot carry are left out.
+Beside them fits.json has the fits' numbers and the crossing lengths. Any set of runs will do: one run, one
+length, one architecture, unfinished runs. Figures that the records cannot carry are left out.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rlscale.errors import UserError
 from rlscale.runs import RunRecord, find_runs
+from rlscale.runs.files import write_json
 from rlscale.scaling import style
 from rlscale.scaling.crossing import crossings
 from rlscale.scaling.curve_plots import asymptotes, crossing_lengths, scaling_curves
-from rlscale.scaling.curves import fit_cells
+from rlscale.scaling.curves import FittedCurve, fit_axes, fit_records
 from rlscale.scaling.panels import (
     CLAIM_LINES,
     architectures_of,
@@ -71,34 +72,42 @@ from rlscale.scaling.summary import Ratio, hybrid_to_mla, summarise
 
 
 def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Draws all runs at or below `folders` into `out`; returns the files written.
+    """Draws all runs at or below `folders` into `out`, fits.json beside them; returns the figures' files.
 
     Raises:
         UserError: no runs there, runs of different tasks or model shapes, runs that have nothing to draw yet,
             or a folder that cannot be written.
     """
     runs = find_runs(folders)
+    require_comparable(runs)
+    curves = fit_axes(by_cell(runs))
     with style.style():
-        drawn = figures(runs)
+        drawn = figures(runs, curves)
         if not drawn:
             raise UserError(f"nothing to draw in {folders[0]}: no run there has got as far as an evaluation")
         try:
             out.mkdir(parents=True, exist_ok=True)
+            write_json(
+                out / "fits.json",
+                {
+                    "curves": [record for axis in curves.values() for record in fit_records(axis)],
+                    "crossings": [crossing.record() for crossing in crossings(summarise(runs))],
+                },
+            )
             return [path for name, figure in drawn.items() for path in style.save(figure, out, name)]
         except OSError as error:
             raise UserError(f"figures cannot go to {out} ({error.strerror}): choose another folder") from None
 
 
-def figures(runs: Sequence[RunRecord]) -> dict[str, Figure]:
+def figures(runs: Sequence[RunRecord], fitted: dict[str, list[FittedCurve]]) -> dict[str, Figure]:
     """The figures that the runs' records carry, by name. Call it, and save them, inside `style.style()`.
 
-    Raises:
-        UserError: runs of different tasks or model shapes.
+    Args:
+        runs: comparable ones, see `require_comparable`.
+        fitted: `fit_axes` of their cells.
     """
-    require_comparable(runs)
     cells = by_cell(runs)
     rows = summarise(runs)
-    fitted = {axis: fit_cells(cells, axis) for axis in ("generated_tokens", "flops", "device_hours")}
     drawn = {
         "pass_rate_steps": _pass_rates(cells, "step"),
         "pass_rate_tokens": _pass_rates(cells, "generated_tokens"),
@@ -330,7 +339,7 @@ def _step_times(cells: Cells) -> Figure | None:
     for cell in shown:
         centre = float(np.mean([p for p, (c, _, _) in zip(positions, bars, strict=True) if c == cell]))
         panel.annotate(
-            cell_title(cell, cells).replace(", ", "\n"),
+            cell_title(cell, cells).replace(" required", "\nrequired").replace(", ", "\n"),
             (centre, 0),
             xycoords=("data", "axes fraction"),
             xytext=(0, -18),

@@ -20,13 +20,12 @@ from rlscale.runs import RunRecord, find_runs
 from rlscale.runs.reading import read_samples
 from rlscale.scaling import report_figures as draw
 from rlscale.scaling.crossing import crossings
-from rlscale.scaling.curves import fit_cells
+from rlscale.scaling.curves import fit_axes
 from rlscale.scaling.series import by_cell, over_steps, require_comparable
 from rlscale.scaling.style import CACHE_CLAIMS, THROUGHPUT_CLAIMS
 from rlscale.scaling.summary import hybrid_to_mla, summarise
 from rlscale.scaling.verdict import judge
 
-_FITTED_AXES = ("generated_tokens", "flops", "device_hours")
 _LONGEST_TEXT = 4000  # characters of a sample's prompt, completion or answer that the page holds
 
 
@@ -58,7 +57,7 @@ def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     cells = by_cell(runs)
     rows = summarise(runs)
     ratios, crossed = hybrid_to_mla(rows), crossings(rows)
-    curves = {axis: fit_cells(cells, axis) for axis in _FITTED_AXES}
+    curves = fit_axes(cells)
     figures = [
         draw.pass_rates(cells, curves),
         draw.crossing(crossed),

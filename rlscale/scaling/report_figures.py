@@ -19,7 +19,7 @@ from rlscale.scaling.series import (
     over_steps,
     step_phases,
 )
-from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, SHORT_NAMES, Claims, engineering
+from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, SHORT_NAMES, Claims, short_number
 from rlscale.scaling.summary import Ratio
 
 _SYMBOLS = {
@@ -81,7 +81,8 @@ def pass_rates(cells: Cells, curves: dict[str, list[FittedCurve]]) -> ReportFigu
         "pass_rates",
         "Held-out pass rate",
         "Points are evaluations of single seeds. Lines are fitted sigmoids with their 95% bands, dashed "
-        "where they extrapolate; hollow points were held out from the fit.",
+        "where they extrapolate; hollow points were held out from the fit. Dotted: power laws fitted to the "
+        "same points, for contrast.",
         plots,
         [_choice("Length", _labels(shown)), _choice("Against", AXES.values())],
         wide=True,
@@ -140,7 +141,9 @@ def crossing(found: Sequence[Crossing]) -> ReportFigure | None:
             trace["error_x"] = _errors([(at, *ends)]) | {"color": "black"}
         data.append(trace | {"cliponaxis": False})
     lengths = [2.0**i for i in range(int(np.ceil(np.log2(shortest))), int(np.log2(longest)) + 1)]
-    layout = _length_layout("", lengths or [shortest, longest], {"autorange": "reversed"})
+    if len(lengths) < 2:
+        lengths = sorted({shortest, *lengths, longest})
+    layout = _length_layout("", lengths, {"autorange": "reversed"})
     edges = [float(np.log10(left / 1.2)), float(np.log10(right * 1.2))]
     layout["xaxis"] |= {"title": {"text": "tokens"}, "range": edges}
     return ReportFigure(
@@ -302,8 +305,8 @@ def _points(architecture: str, runs: Sequence[RunRecord], axis: str) -> list[dic
 
 
 def _fitted(curve: FittedCurve) -> list[dict[str, Any]]:
-    fit = curve.check.fit if curve.check else curve.fit
-    if fit is None or curve.fit is None:
+    fit, power_law = curve.drawn, curve.power_law
+    if fit is None or curve.fit is None or power_law is None:
         return []
     look = ARCHITECTURES[curve.architecture]
     x = np.linspace(0, 1.5 * float(np.nanmax(curve.compute)), _POINTS)
@@ -317,21 +320,27 @@ def _fitted(curve: FittedCurve) -> list[dict[str, Any]]:
         "fillcolor": _faint(look.colour),
         "line": {"width": 0},
     }
+    late = x[x >= fit.compute_range[0]]
     line = {"color": look.colour, "width": 2}
+    thin = {"color": look.colour, "width": 1.2, "dash": "dot"}
     a = curve.fit.A
     traces = [
         band | group,
         {"x": _rounded(x[inside]), "y": _rounded(y[inside]), "line": line} | group,
+        {"x": _rounded(late), "y": _rounded(power_law.predict(late)), "line": thin} | group,
         {"x": _rounded(x[~inside]), "y": _rounded(y[~inside]), "line": line | {"dash": "dash"}}
         | group
-        | {"showlegend": True, "name": f"A = {a.value:.2f} [{a.low:.2f}, {a.high:.2f}]"},
+        | {
+            "showlegend": True,
+            "name": f"{SHORT_NAMES[curve.architecture]}: A = {a.value:.2f} [{a.low:.2f}, {a.high:.2f}]",
+        },
     ]
     if curve.check is not None:
-        late = np.isfinite(curve.compute) & (curve.compute > curve.check.split)
+        held_out = np.isfinite(curve.compute) & (curve.compute > curve.check.split)
         marker = {"color": "white", "symbol": _SYMBOLS[curve.architecture], "size": 6}
         marker["line"] = {"color": look.colour, "width": 1.2}
-        held_out = {"x": _rounded(curve.compute[late]), "y": _rounded(curve.reward[late]), "marker": marker}
-        traces.append(held_out | group | {"mode": "markers"})
+        points = {"x": _rounded(curve.compute[held_out]), "y": _rounded(curve.reward[held_out])}
+        traces.append(points | group | {"mode": "markers", "marker": marker})
     return traces
 
 
@@ -371,8 +380,8 @@ def _layout(
     return {
         "xaxis": axis | {"title": {"text": x}} | (x_axis or {}),
         "yaxis": axis | {"title": {"text": y}} | (y_axis or {}),
-        "margin": {"l": 55, "r": 15, "t": 10, "b": 45},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "margin": {"l": 55, "r": 15, "t": 34, "b": 45},  # the tool bar's place is at the top
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         "font": {"family": "system-ui, DejaVu Sans, sans-serif", "size": 12, "color": "#1c1c1c"},
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
@@ -397,7 +406,7 @@ def _log_axis(values: Iterable[float]) -> dict[str, Any]:
     powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps]
     shown = [tick for tick in ticks if low <= np.log10(tick) <= high]
-    text = [f"{tick:g}" if tick < 1000 else engineering()(tick) for tick in shown]
+    text = [short_number(tick) for tick in shown]
     return {"type": "log", "range": [low, high], "tickvals": shown, "ticktext": text}
 
 

@@ -14,7 +14,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    NullLocator,
+    ScalarFormatter,
+)
 
 # Inches: the text width of a two-column page, and of one column.
 PAGE_WIDTH = 7.0
@@ -78,6 +85,7 @@ SHORT_NAMES = {
     "mla": "MLA",
 }
 """Where a label has no room for the architecture's full name."""
+POWER_LAW_LINE = ":"
 PHASES = {
     "rollout_s": Look("rollout", BLUE, hatch=""),
     "train_s": Look("learner", ORANGE, hatch="////"),
@@ -135,7 +143,12 @@ def log_ticks(axes: Axes) -> None:
     decades = math.log10(high / low)
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 2 else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(engineering())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def short_number(value: float) -> str:
+    """1500 as 1.5k and 2000000 as 2M, but 0.5 as 0.5."""
+    return f"{value:g}" if abs(value) < 1000 else str(engineering()(value))
 
 
 def engineering(unit: str = "") -> EngFormatter:

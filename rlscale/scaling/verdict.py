@@ -11,6 +11,8 @@ import numpy as np
 from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import FittedCurve
+from rlscale.scaling.fit import SigmoidFit
+from rlscale.scaling.series import Cell
 from rlscale.scaling.style import ARCHITECTURES, SHORT_NAMES
 from rlscale.scaling.summary import Ratio
 
@@ -30,9 +32,9 @@ SUBJECTS = {
 }
 """What sentences call each hybrid."""
 _LEADS = {
-    "rollout_tokens_per_s": ("generates faster", "generates no faster"),
-    "cache_bytes_per_sequence": ("needs less cache", "needs no less cache"),
-    "pass_rate_end": ("ends with the higher pass rate", "ends with no higher pass rate"),
+    "rollout_tokens_per_s": ("generates faster", "generates more slowly"),
+    "cache_bytes_per_sequence": ("needs less cache", "needs more cache"),
+    "pass_rate_end": ("ends with the higher pass rate", "ends with the lower pass rate"),
 }
 
 
@@ -98,7 +100,7 @@ def _headline(subject: str, ratios: Sequence[Ratio], crossings: Sequence[Crossin
         elif crossing.length == 0:
             parts.append(f"{leads} at every length measured")
         elif np.isinf(crossing.length):
-            parts.append(f"{lags} even at {crossing.lengths[1]:,} tokens")
+            parts.append(f"{lags} at {crossing.lengths[1]:,} tokens, the longest measured")
         else:
             parts.append(f"{leads} from about {crossing.length:,.0f} tokens of output on")
     return f"{subject} " + "; ".join(parts) + "."
@@ -108,7 +110,7 @@ def _undecided(ratio: Ratio) -> bool:
     """Whether the pairs of seeds leave open who is ahead. One or two say nothing of what training decides;
     what the machine decides may stand on one."""
     if ratio.low is None or ratio.high is None or ratio.seeds < 3:
-        return ratio.quantity == "pass_rate_end"
+        return ratio.quantity == "pass_rate_end" or ratio.ratio == 1
     return ratio.low <= 1 <= ratio.high
 
 
@@ -134,46 +136,49 @@ def _about(hybrid: str, quantity: str, ratio: Ratio, crossing: Crossing | None) 
     else:
         text += f" [{ratio.low:.2f}, {ratio.high:.2f}] at {ratio.required_length:,} tokens"
         text += f" (95% interval over {ratio.seeds} paired seeds)"
+    if _undecided(ratio):
+        return text + "; this leaves open who is ahead."
     if crossing is None:
         return text + "."
     shortest, longest = crossing.lengths
     if crossing.length == 0:
-        return text + f"; the hybrid is ahead at every length from {shortest:,} to {longest:,} tokens."
-    if np.isinf(crossing.length):
-        return text + f"; the hybrid is not ahead at the longest of {shortest:,} to {longest:,} tokens."
-    text += f"; the hybrid is ahead from about {crossing.length:,.0f} tokens on"
+        text += f"; the hybrid is ahead at every length from {shortest:,} to {longest:,} tokens"
+    elif np.isinf(crossing.length):
+        text += f"; the hybrid is not ahead at the longest of {shortest:,} to {longest:,} tokens"
+    else:
+        text += f"; the hybrid is ahead from about {crossing.length:,.0f} tokens on"
     if crossing.low is None or crossing.high is None:
         return text + ", without an interval because some length has one seed."
+    if crossing.low == crossing.high:
+        return text + "."
     low = "below the shortest" if crossing.low == 0 else f"{crossing.low:,.0f}"
     high = "beyond the longest" if np.isinf(crossing.high) else f"{crossing.high:,.0f}"
-    return text + f" (95% interval: {low} to {high})."
+    return text + f" (95% interval of where it gets ahead: {low} to {high})."
 
 
 def _about_asymptotes(curves: Sequence[FittedCurve]) -> list[str]:
-    """Of each hybrid, the longest cell where it and full MLA carry a fit."""
-    by_cell: dict[Any, dict[str, FittedCurve]] = {}
+    """Of each hybrid, every cell where it and full MLA carry a fit, in one sentence."""
+    by_cell: dict[Cell, dict[str, SigmoidFit]] = {}
     for curve in curves:
         if curve.fit is not None:
-            by_cell.setdefault(curve.cell, {})[curve.architecture] = curve
+            by_cell.setdefault(curve.cell, {})[curve.architecture] = curve.fit
+    budgets = len({cell.required_length for cell in by_cell}) < len(by_cell)
     texts = []
     for name in SUBJECTS:
-        both = [cell for cell, found in by_cell.items() if {name, "mla"} <= found.keys()]
-        if not both:
-            continue
-        cell = max(both)
-        hybrid, mla = by_cell[cell][name].fit, by_cell[cell]["mla"].fit
-        assert hybrid is not None
-        assert mla is not None
-        low, high = np.percentile(hybrid.samples[:, 0] - mla.samples[:, 0], [2.5, 97.5])
-        difference = hybrid.A.value - mla.A.value
-        decided = (
-            "no difference that can be told from noise" if low <= 0 <= high else "a difference beyond noise"
-        )
-        texts.append(
-            f"Fitted asymptotes at {cell.required_length:,} tokens: {SHORT_NAMES[name]} "
-            f"{hybrid.A.value:.2f}, full MLA {mla.A.value:.2f}; difference {difference:+.2f} "
-            f"[{low:+.2f}, {high:+.2f}], {decided}."
-        )
+        parts = []
+        for cell, fits in sorted(by_cell.items()):
+            if not {name, "mla"} <= fits.keys():
+                continue
+            hybrid, mla = fits[name], fits["mla"]
+            low, high = np.percentile(hybrid.samples[:, 0] - mla.samples[:, 0], [2.5, 97.5])
+            place = f"{cell.required_length:,} tokens" + (f", budget {cell.budget:,}" if budgets else "")
+            parts.append(
+                f"at {place} {hybrid.A.value:.2f} against {mla.A.value:.2f} (difference "
+                f"{hybrid.A.value - mla.A.value:+.2f} [{low:+.2f}, {high:+.2f}]"
+                + (", which leaves open whose is higher)" if low <= 0 <= high else ")")
+            )
+        if parts:
+            texts.append(f"Fitted asymptotes, {SHORT_NAMES[name]} against full MLA: {'; '.join(parts)}.")
     return texts
 
 
@@ -185,7 +190,7 @@ def _about_extrapolation(curves: Sequence[FittedCurve]) -> list[str]:
     power = float(np.mean([check.power_law_error for check in checks]))
     return [
         f"Sigmoids fitted to the first half of the compute predicted the rest with a mean error of "
-        f"{error:.3f} in pass rate ({len(checks)} curves); power laws with {power:.3f}."
+        f"{error:.3f} in pass rate (curves: {len(checks)}); power laws with {power:.3f}."
     ]
 
 

@@ -114,7 +114,15 @@ def test_the_scaling_figure_shows_fit_extrapolation_and_points_held_out(runs: li
     hollow = [line for line in points if line.get_fillstyle() == "none"]
     assert min(line.get_xdata().min() for line in hollow if len(line.get_xdata())) > hybrid.check.split
     assert "held out from the fit" in [t.get_text() for t in figure.legends[0].get_texts()]
-    assert f"A = {hybrid.fit.A.value:.2f} [{hybrid.fit.A.low:.2f}, {hybrid.fit.A.high:.2f}]" in texts(figure)
+    dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
+    assert len(dotted) == 2
+    assert hybrid.power_law is not None
+    x = dotted[0].get_xdata()
+    np.testing.assert_allclose(dotted[0].get_ydata(), hybrid.power_law.predict(x))
+    assert hybrid.check.power_law == hybrid.power_law
+    assert f"hybrid: A = {hybrid.fit.A.value:.2f} [{hybrid.fit.A.low:.2f}, {hybrid.fit.A.high:.2f}]" in texts(
+        figure
+    )
 
 
 def test_asymptotes_are_drawn_with_their_intervals_and_not_at_all_without_a_fit(

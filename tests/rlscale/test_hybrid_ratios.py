@@ -25,8 +25,10 @@ from rlscale.rollout.engine import group_requests
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.runs import find_runs
 from rlscale.scaling import hybrid_to_mla, ratio_table, style, summarise
+from rlscale.scaling.curves import fit_axes
 from rlscale.scaling.plots import figures
 from rlscale.scaling.report import report_data
+from rlscale.scaling.series import by_cell
 from rlscale.sweep import check
 from rlscale.tasks import build_tokenizer, encode_prompt, make_task
 from rlscale.types import Sampling
@@ -105,7 +107,7 @@ def test_each_hybrid_is_compared_with_full_mla_by_name(tmp_path: Path) -> None:
     for name in ("7:1", "3:1", "1:1"):
         assert name in text
     with style.style():
-        drawn = figures(runs)
+        drawn = figures(runs, fit_axes(by_cell(runs)))
         legend = [text.get_text() for text in drawn["ratio"].legends[0].get_texts()]
         assert legend[:3] == ["KDA:MLA 7:1", "KDA:MLA 3:1", "KDA:MLA 1:1"]
         ticks = [tick.get_text() for tick in drawn["step_time"].axes[0].get_xticklabels()]

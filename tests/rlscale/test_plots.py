@@ -30,8 +30,9 @@ from rlscale.scaling import (
     summary_table,
     write_summary,
 )
+from rlscale.scaling.curves import fit_axes
 from rlscale.scaling.plots import figures
-from rlscale.scaling.series import wilson
+from rlscale.scaling.series import by_cell, wilson
 from rlscale.scaling.summary import FIELDS
 
 
@@ -46,8 +47,9 @@ def sweep_figures(sweep: Path) -> dict[str, Figure]:
 
 
 def drawn(folder: Path) -> dict[str, Figure]:
+    runs = find_runs([folder])
     with style.style():
-        return figures(find_runs([folder]))
+        return figures(runs, fit_axes(by_cell(runs)))
 
 
 def panels(figure: Figure) -> list[Axes]:
@@ -192,6 +194,43 @@ def test_architectures_differ_in_colour_marker_and_line() -> None:
 
     assert abs(grey(hybrid.colour) - grey(mla.colour)) > 0.1
     assert len({look.hatch for look in style.PHASES.values()}) == len(style.PHASES)
+
+
+def test_in_grey_no_line_of_one_architecture_looks_like_the_others(sweep_figures: dict[str, Figure]) -> None:
+    compared = 0
+    for name, figure in sweep_figures.items():
+        looks: dict[str, set[tuple[Any, ...]]] = {
+            architecture: {
+                (line.get_linestyle(), line.get_marker(), line.get_fillstyle())
+                for panel in figure.axes
+                for line in panel.lines
+                if line.get_color() == look.colour
+            }
+            for architecture, look in style.ARCHITECTURES.items()
+            if architecture in ("hybrid", "mla")
+        }
+        if all(looks.values()):
+            compared += 1
+            assert not looks["hybrid"] & looks["mla"], name
+    assert compared >= 8
+
+
+def test_fits_and_crossings_lie_beside_the_figures_as_numbers(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep", lengths=(32, 64), seeds=(0, 1), steps=60)
+    plot_runs([tmp_path / "sweep"], tmp_path / "plots")
+    written = json.loads((tmp_path / "plots" / "fits.json").read_text())
+    assert len(written["curves"]) == 3 * 2 * 2
+    runs = find_runs([tmp_path / "sweep"])
+    for record, curve in zip(written["curves"], fit_axes(by_cell(runs))["generated_tokens"], strict=False):
+        assert (record["axis"], record["architecture"]) == ("generated_tokens", curve.architecture)
+        assert (record["required_length"], record["budget"]) == tuple(curve.cell)
+        if curve.fit is None:
+            assert record["refusal"] == curve.refusal
+        else:
+            assert record["A"] == [curve.fit.A.value, curve.fit.A.low, curve.fit.A.high]
+            assert record["points"] == curve.fit.points
+    cache = next(c for c in written["crossings"] if c["quantity"] == "cache_bytes_per_sequence")
+    assert cache["length"] == "never"  # 70,000 bytes of state against 1,152 a token
 
 
 @pytest.mark.parametrize("finish", [True, False])

@@ -20,8 +20,10 @@ from rlscale.config import RunConfig, parse_config
 from rlscale.errors import UserError
 from rlscale.runs import RunFolder, find_runs
 from rlscale.scaling import live
+from rlscale.scaling.crossing import crossings
 from rlscale.scaling.report import page, report_data, write_report
-from rlscale.scaling.verdict import unrecorded
+from rlscale.scaling.summary import hybrid_to_mla
+from rlscale.scaling.verdict import judge, unrecorded
 
 SLOW_MS = 60_000  # a browser on a busy machine
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -271,6 +273,39 @@ def test_one_pair_of_seeds_decides_no_pass_rate_and_one_architecture_has_no_verd
     alone = report_data([tmp_path / "alone"])
     assert alone["verdict"]["headline"].startswith("No verdict: ")
     assert alone["pair"] == ["0", "0"]
+
+
+def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave_open(sweep: Path) -> None:
+    rates = {"hybrid": (0.45, 0.6, 0.6), "mla": (0.5, 0.5, 0.5)}  # the mean is higher, one seed is not
+    rows = [
+        {
+            "required_length": length,
+            "budget": length + 1,
+            "architecture": architecture,
+            "seed": seed,
+            "rollout_tokens_per_s": 700.0 + seed if architecture == "hybrid" else 1000.0,
+            "cache_bytes_per_sequence": 500 if architecture == "hybrid" else 10 * length,
+            "pass_rate_end": rate,
+        }
+        for length in (16, 32)
+        for architecture in rates
+        for seed, rate in enumerate(rates[architecture])
+    ]
+    verdict = judge(find_runs([sweep]), hybrid_to_mla(rows), crossings(rows), [])
+    assert verdict.headline == (
+        "The hybrid generates more slowly at 32 tokens, the longest measured; needs more cache at 32 tokens, "
+        "the longest measured; cannot be told from full MLA in final held-out pass rate."
+    )
+    assert verdict.findings[0].endswith("the hybrid is not ahead at the longest of 16 to 32 tokens.")
+    assert verdict.findings[2].endswith("; this leaves open who is ahead.")
+
+
+def test_asymptotes_are_compared_at_every_length_that_both_architectures_are_fitted_at(
+    data: dict[str, Any],
+) -> None:
+    (finding,) = [text for text in data["verdict"]["findings"] if text.startswith("Fitted asymptotes")]
+    assert [f"at {length} tokens 0." in finding for length in (32, 64, 128)] == [True] * 3
+    assert finding.count("(difference ") == 3
 
 
 def test_metrics_that_a_run_did_not_record_are_named(tmp_path: Path) -> None:

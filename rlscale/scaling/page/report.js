@@ -75,7 +75,9 @@ function renderFigures() {
     card.append(plot);
     plot.draw = () => {
       const shown = figure.plots[selects.map((s) => s.value).join("/")];
-      Plotly.react(plot, shown.data, shown.layout, { responsive: true, displaylogo: false });
+      Plotly.react(plot, shown.data, shown.layout, {
+        responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+      });
     };
     for (const select of selects) select.addEventListener("change", () => plot.draw());
     if (figuresAllowed) observer.observe(plot);
