@@ -21,6 +21,7 @@ def kda_decode_step(
     output_gate: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float = 1e-5,
+    padding_slot: int = -1,
 ) -> torch.Tensor:
     """What a KDA layer does for one token of N sequences between its projections.
 
@@ -36,11 +37,11 @@ def kda_decode_step(
         beta: [N, H], logits.
         A_log: H values; dt_bias: H * K values or None.
         state: [slots, H, K, V], float32 or bfloat16.
-        slots: [N] int, each sequence's row of both caches, distinct; a negative one is padding, whose output
-            is 0.
+        slots: [N] int, each sequence's row of both caches, distinct but for padding, whose output is 0.
         output_gate: [N, H, V], logits.
         norm_weight: [V].
         eps: of the RMSNorm.
+        padding_slot: slots up to this one are padding.
 
     Returns:
         [N, H, V] in qkv's dtype.
@@ -50,11 +51,11 @@ def kda_decode_step(
 
         return kernels.kda_decode_step(
             qkv, conv_weight, conv_state, g, beta, A_log, dt_bias, state, slots, output_gate, norm_weight,
-            eps=eps,
+            eps=eps, padding_slot=padding_slot,
         )  # fmt: skip
     heads, key_dim = g.shape[1:]
     out = qkv.new_zeros(len(qkv), heads, norm_weight.numel())
-    used = (slots >= 0).nonzero().squeeze(1)
+    used = (slots > padding_slot).nonzero().squeeze(1)
     if len(used) < len(slots):
         qkv, g, beta, output_gate, slots = (x[used] for x in (qkv, g, beta, output_gate, slots))
     rows = slots.long()

@@ -39,7 +39,8 @@ from kimi_linear.vllm_plugin.weights import (
 
 # Matrix products are fastest, and rows of their results aligned, where widths are multiples of this.
 WIDTH_MULTIPLE = 16
-NO_SLOT = -1
+# The block that vLLM gives to no sequence. Rows that only fill up a CUDA graph point there.
+NULL_BLOCK = 0
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,17 @@ class DeltaMetadata(AttentionMetadata):
 
     Attributes:
         split: which tokens decode and which prefill.
-        slots: [N] int32, the cache slot of every sequence, the decode part first; -1 for the rows that only
-            fill up a CUDA graph.
+        slots: [N] int32, the cache slot of every sequence, the decode part first; `NULL_BLOCK` for the rows
+            that only fill up a CUDA graph. A column of vLLM's block table, which keeps its place from step to
+            step, as a captured graph needs it: nothing is copied.
         cu_seqlens: [P + 1] on the device, as `split` has it on the host; None if nothing prefills.
+        fresh: `split.fresh` on the device, None if there are none.
     """
 
     split: BatchSplit
     slots: torch.Tensor
     cu_seqlens: torch.Tensor | None
+    fresh: torch.Tensor | None
 
 
 class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
@@ -73,9 +77,6 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        most = vllm_config.scheduler_config.max_num_seqs
-        # A captured graph reads the slots where they were when it was captured.
-        self.slots = torch.full((most,), NO_SLOT, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -83,13 +84,17 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
-        split = split_batch(common_attn_metadata)
-        cu_seqlens = None
+        common, split = common_attn_metadata, split_batch(common_attn_metadata)
+        cu_seqlens = fresh = None
         if split.num_prefills:
-            ends = common_attn_metadata.query_start_loc[split.num_decodes : common_attn_metadata.num_reqs + 1]
+            ends = common.query_start_loc[split.num_decodes : common.num_reqs + 1]
             cu_seqlens = ends - ends[0]
-        slots = self.fill_slots(common_attn_metadata.block_table_tensor, split)
-        return DeltaMetadata(split, slots, cu_seqlens)
+        if len(split.fresh):
+            fresh = split.fresh
+            if common.query_start_loc.is_cuda:
+                fresh = fresh.pin_memory().to(common.query_start_loc.device, non_blocking=True)
+        slots = common.block_table_tensor[: common.num_reqs, 0]
+        return DeltaMetadata(split, slots, cu_seqlens, fresh)
 
     def update_block_table(
         self,
@@ -97,13 +102,7 @@ class DeltaMetadataBuilder(AttentionMetadataBuilder[DeltaMetadata]):
         blk_table: torch.Tensor,
         slot_mapping: torch.Tensor,  # noqa: ARG002 (vLLM's signature)
     ) -> DeltaMetadata:
-        return replace(metadata, slots=self.fill_slots(blk_table, metadata.split))
-
-    def fill_slots(self, block_table: torch.Tensor, split: BatchSplit) -> torch.Tensor:
-        slots = self.slots[: len(split.lengths)]
-        slots[: split.num_sequences].copy_(block_table[: split.num_sequences, 0])
-        slots[split.num_sequences :].fill_(NO_SLOT)
-        return slots
+        return replace(metadata, slots=blk_table[: len(metadata.slots), 0])
 
 
 class DeltaBackend(AttentionBackend):
@@ -244,17 +243,18 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
         step = steps and steps.get(self.prefix)
         if not step:
             return torch.zeros_like(f)
-        split, n = step.split, step.split.num_decodes
-        if len(split.fresh):
-            self.forget(step.slots[split.fresh.to(step.slots.device)])
-        if not split.num_prefills:
-            return self.decode(qkv, f, beta, gate, step.slots)
-        o = torch.zeros_like(f)
+        n, slots = step.split.num_decodes, step.slots
+        if step.fresh is not None:
+            self.forget(slots[step.fresh])
+        if not step.split.num_prefills:
+            return self.decode(qkv, f, beta, gate, slots)
+        end = n + int(step.split.cu_seqlens[-1])
+        parts = [self.prefill(qkv[n:end], f[n:end], beta[n:end], gate[n:end], slots[n:], step.cu_seqlens)]
         if n:
-            o[:n] = self.decode(qkv[:n], f[:n], beta[:n], gate[:n], step.slots[:n])
-        rows = slice(n, n + int(split.cu_seqlens[-1]))
-        o[rows] = self.prefill(qkv[rows], f[rows], beta[rows], gate[rows], step.slots[n:], step.cu_seqlens)
-        return o
+            parts.insert(0, self.decode(qkv[:n], f[:n], beta[:n], gate[:n], slots[:n]))
+        if end < len(f):
+            parts.append(torch.zeros_like(f[end:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forget(self, slots: torch.Tensor) -> None:
         """Empty the states of sequences that begin: a slot still holds what its last sequence left there."""
@@ -273,7 +273,7 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
         conv_states, states = self.kv_cache
         return kda_decode_step(
             qkv, self.conv_weight, conv_states, f, beta, self.A_log, self.dt_bias, states, slots, gate,
-            self.o_norm.weight, self.o_norm.eps,
+            self.o_norm.weight, self.o_norm.eps, padding_slot=NULL_BLOCK,
         )  # fmt: skip
 
     def prefill(
@@ -289,8 +289,14 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
         conv_states, states = self.kv_cache
         slots = slots.long()
         history = conv_states.index_select(0, slots)
-        x = short_convolution(qkv, self.conv_weight, cu_seqlens, history)
-        q, k, v = x.view(1, -1, 3, self.heads, self.dim).unbind(2)
+        inner = self.heads * self.dim
+        # One call each leaves q, k and v contiguous, as chunk_kda reads them.
+        q, k, v = (
+            short_convolution(part, weight, cu_seqlens, earlier).view(1, -1, self.heads, self.dim)
+            for part, weight, earlier in zip(
+                qkv.split(inner, -1), self.conv_weight.split(inner), history.split(inner, -1), strict=True
+            )
+        )
         o, final = chunk_kda(
             q, k, v, f.unsqueeze(0), beta.unsqueeze(0),
             initial_state=states.index_select(0, slots).float(), output_final_state=True,

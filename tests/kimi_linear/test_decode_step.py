@@ -8,8 +8,10 @@ from kimi_linear.ops import kda_decode_step
 SLOTS = 7
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_a_decode_step_is_the_layers_own_and_touches_its_slots_alone(state_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("state_dtype", "padding"), [(torch.float32, -1), (torch.bfloat16, 0)])
+def test_a_decode_step_is_the_layers_own_and_touches_its_slots_alone(
+    state_dtype: torch.dtype, padding: int
+) -> None:
     print("seed", torch.seed())
     config = preset("tiny", {"hidden_size": 48})
     layer = KimiDeltaAttention(config)
@@ -18,7 +20,7 @@ def test_a_decode_step_is_the_layers_own_and_touches_its_slots_alone(state_dtype
             parameter.uniform_(-0.5, 0.5)
     heads, dim = config.linear_num_heads, config.linear_head_dim
     x = torch.randn(3, config.hidden_size)
-    slots = torch.tensor([5, -1, 2], dtype=torch.int32)
+    slots = torch.tensor([5, padding, 2], dtype=torch.int32)
     used, others = [5, 2], [0, 1, 3, 4, 6]
     # As an engine keeps them: both states of a slot in one page.
     window = torch.randn(SLOTS, 3 * 3 * heads * dim + 11)[:, :-11].unflatten(1, (3, -1))
@@ -33,7 +35,7 @@ def test_a_decode_step_is_the_layers_own_and_touches_its_slots_alone(state_dtype
         gate = layer.g_b_proj(layer.g_a_proj(x)).unflatten(-1, (heads, dim))
         o = kda_decode_step(
             qkv, filters, window, f, layer.b_proj(x), layer.A_log, layer.dt_bias, state, slots, gate,
-            layer.o_norm.weight, layer.o_norm.eps,
+            layer.o_norm.weight, layer.o_norm.eps, padding_slot=padding,
         )  # fmt: skip
     torch.testing.assert_close(layer.o_proj(o[[0, 2]].flatten(1)), expected, rtol=1e-4, atol=1e-5)
     assert not o[1].any()

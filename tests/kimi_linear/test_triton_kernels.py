@@ -198,7 +198,8 @@ else:
         parts = torch.randn(slots, sum(sizes) + 5).split([*sizes, 5], dim=1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=False)]
 
-    def test_decode_step_is_the_layer_and_touches_no_other_slot() -> None:
+    @pytest.mark.parametrize("padding", [-1, 0])
+    def test_decode_step_is_the_layer_and_touches_no_other_slot(padding: int) -> None:
         sequences, heads, key_dim, value_dim, width, slots = 3, 2, 16, 24, 4, 6
         channels = heads * (2 * key_dim + value_dim)
         weight, g = torch.randn(channels, width), torch.randn(sequences, heads, key_dim)
@@ -207,13 +208,26 @@ else:
         gate, norm = torch.randn(sequences, heads, value_dim), torch.randn(value_dim)
         shapes = (width - 1, channels), (heads, key_dim, value_dim)
         window, state = pages(slots, *shapes)
-        rows = torch.tensor([4, -1, 1])
+        rows = torch.tensor([[4, 2], [padding, 2], [1, 2]])[:, 0]
         unused = [0, 2, 3, 5]
         window[unused], state[unused] = float("nan"), float("nan")
         new_window, new_state = (
             x.copy_(y) for x, y in zip(pages(slots, *shapes), (window, state), strict=True)
         )
-        o = kda_decode_step(qkv, weight, new_window, g, beta, a_log, dt_bias, new_state, rows, gate, norm)
+        o = kda_decode_step(
+            qkv,
+            weight,
+            new_window,
+            g,
+            beta,
+            a_log,
+            dt_bias,
+            new_state,
+            rows,
+            gate,
+            norm,
+            padding_slot=padding,
+        )
 
         used = [0, 2]
         y, expected_window = convolution_step(qkv[used], weight, window[rows[used]])

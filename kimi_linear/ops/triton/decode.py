@@ -59,6 +59,8 @@ def decode_kernel(
     beta_stride,
     window_stride,
     state_stride,
+    slot_stride,
+    padding_slot,
     scale,
     eps,
     lower_bound,
@@ -87,8 +89,8 @@ def decode_kernel(
     v_mask = vv < V
     C: tl.constexpr = HV * (2 * K + V)
     row = sequence.to(tl.int64) * HV + hv
-    slot = tl.load(slots + sequence).to(tl.int64)
-    if slot < 0:
+    slot = tl.load(slots + sequence * slot_stride).to(tl.int64)
+    if slot <= padding_slot:
         tl.store(o + row * V + vv, tl.zeros([VP], dtype=o.dtype.element_ty), mask=v_mask)
         return
     state_at = state + slot * state_stride + (hv * K + kk[:, None]) * V + vv[None, :]
@@ -149,6 +151,7 @@ def kda_decode_step(
     scale: float | None = None,
     eps: float = 1e-5,
     lower_bound: float | None = None,
+    padding_slot: int = -1,
 ) -> torch.Tensor:
     """What a KDA layer does for one token of N sequences between its projections, in one launch.
 
@@ -167,13 +170,14 @@ def kda_decode_step(
         beta: [N, HV], logits.
         A_log: HV values; dt_bias: HV * K values or None.
         state: [slots, HV, K, V], float32 or bfloat16.
-        slots: [N] int, each sequence's row of both caches, distinct; a negative one is padding, whose output
-            is 0.
+        slots: [N] int, each sequence's row of both caches, distinct but for padding, whose output is 0. They
+            may lie apart, as in a column of a table.
         output_gate: [N, HV, V], logits.
         norm_weight: [V].
         scale: factor of the output, K ** -0.5 if None.
         eps: of the RMSNorm.
         lower_bound: chooses the bounded gate.
+        padding_slot: slots up to this one are padding.
 
     Returns:
         [N, HV, V] in qkv's dtype.
@@ -220,6 +224,8 @@ def kda_decode_step(
         beta.stride(0),
         conv_state.stride(0),
         state.stride(0),
+        slots.stride(0),
+        padding_slot,
         key_dim**-0.5 if scale is None else scale,
         eps,
         0.0 if lower_bound is None else lower_bound,
