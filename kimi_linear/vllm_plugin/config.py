@@ -112,16 +112,13 @@ def capture_decoding(vllm_config: "VllmConfig") -> None:
     """Decode by CUDA graphs of the whole model, and compile nothing: its kernels are fused already.
 
     Captured are the batch sizes that vLLM itself would take, and `max_num_seqs`, so that no batch of decoding
-    sequences is without a graph. Batches with prefills run kernel by kernel, and so do all batches of a model
-    with experts, whose tokens the host sends on their way.
+    sequences is without a graph. Batches with prefills run kernel by kernel.
     """
     compilation = vllm_config.compilation_config
     if compilation.mode is None:
         compilation.mode = CompilationMode.NONE
     if compilation.cudagraph_mode is None:
-        config = vllm_config.model_config.hf_config
-        has_experts = any(is_sparse_layer(config, layer) for layer in range(config.num_hidden_layers))
-        compilation.cudagraph_mode = CUDAGraphMode.NONE if has_experts else CUDAGraphMode.FULL_DECODE_ONLY
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
     if compilation.cudagraph_capture_sizes is None and compilation.max_cudagraph_capture_size is None:
         most = vllm_config.scheduler_config.max_num_seqs
         sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most, 16)]

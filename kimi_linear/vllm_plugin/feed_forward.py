@@ -103,6 +103,18 @@ class SparseMoE(nn.Module, WeightParts):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
         chosen, weights = self.route(x)
+        routed = self.fused(x, chosen, weights) if x.is_cuda else self.expert_by_expert(x, chosen, weights)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def fused(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """All experts in vLLM's grouped kernels, which CUDA graphs can hold."""
+        from vllm.model_executor.layers.fused_moe import fused_experts
+
+        gate_up = self.gate_up.view(self.experts, 2 * self.intermediate, self.hidden)
+        return fused_experts(x, gate_up, self.down, weights, chosen.int())
+
+    def expert_by_expert(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `fused`, on the CPU."""
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=self.experts).tolist()
         tokens = order // self.top_k
@@ -115,5 +127,4 @@ class SparseMoE(nn.Module, WeightParts):
                 )
                 outputs.append(F.linear(F.silu(gate) * up, self.down[e]))
         weighted = torch.cat(outputs) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
-        out = torch.zeros_like(x) if self.shared_experts is None else self.shared_experts(x)
-        return out.index_add(0, tokens, weighted)
+        return torch.zeros_like(x).index_add(0, tokens, weighted)

@@ -127,16 +127,12 @@ def test_caches_have_the_models_dtype_and_float32_unless_chosen_otherwise(
     assert state_dtypes(torch.bfloat16, chosen) == expected
 
 
-def test_experts_run_without_graphs() -> None:
-    compilation = captured(preset("48b-a3b"), 8, CompilationConfig())
-    assert compilation.cudagraph_mode == CUDAGraphMode.NONE
-
-
+@pytest.mark.parametrize("name", ["small", "48b-a3b"])
 @pytest.mark.parametrize(("most", "sizes"), [(3, [1, 2, 3]), (24, [1, 2, 4, 8, 16, 24]), (300, None)])
 def test_decoding_on_a_gpu_has_a_graph_for_every_batch_size_up_to_max_num_seqs(
-    most: int, sizes: list[int] | None
+    name: str, most: int, sizes: list[int] | None
 ) -> None:
-    compilation = captured(preset("small"), most, CompilationConfig())
+    compilation = captured(preset(name), most, CompilationConfig())
     assert compilation.mode == CompilationMode.NONE
     assert compilation.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
     found = compilation.cudagraph_capture_sizes
