@@ -221,9 +221,15 @@ class KimiLinearForCausalLM(PreTrainedModel, GenerationMixin):
             return (logits,) if loss is None else (loss, logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    def packed_hidden_states(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [T, D] of packed token ids [T]: what `lm_head` turns into logits."""
-        packed = PackedSequences.checked(cu_seqlens, len(input_ids))
+    def packed_hidden_states(
+        self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Final hidden states [T, D] of packed token ids [T]: what `lm_head` turns into logits.
+
+        `lengths` are those of the N sequences that cu_seqlens [N + 1] bounds: given, the host waits for no
+        GPU to read them.
+        """
+        packed = PackedSequences.checked(cu_seqlens, len(input_ids), lengths)
         return self.model.run_packed(self.model.embed_tokens(input_ids), packed)
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ def packed_attention(
     """Each token attends to itself and to earlier tokens of its own sequence.
 
     Sequences of one length are a batch as they stand. Others of like length run as one padded batch.
-    Causality makes padding harmless: it comes after the tokens.
+    Causality makes padding harmless: it comes after the tokens. On a GPU nothing waits for the device where
+    `packed` was told the lengths.
 
     Args:
         q, k: [T, H, K].
@@ -30,37 +31,15 @@ def packed_attention(
         q_n, k_n, v_n = (x.unflatten(0, (-1, packed.lengths[0])).transpose(1, 2) for x in (q, k, v))
         o = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, scale=scale)
         return o.transpose(1, 2).flatten(0, 1)[..., :value_dim]
-    rows, outputs = [], []
-    for index, lengths in length_buckets(packed):
-        inside = torch.arange(index.shape[1], device=index.device) < lengths.unsqueeze(1)
-        q_n, k_n, v_n = (x[index].transpose(1, 2) for x in (q, k, v))
+    buckets, order = packed.buckets
+    outputs = []
+    for bucket in buckets:
+        q_n, k_n, v_n = (
+            x.index_select(0, bucket.rows.flatten()).unflatten(0, bucket.rows.shape).transpose(1, 2)
+            for x in (q, k, v)
+        )
         o = F.scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, scale=scale)
-        rows.append(index[inside])
-        outputs.append(o.transpose(1, 2)[inside])
+        outputs.append(o.transpose(1, 2).flatten(0, 1).index_select(0, bucket.inside))
     if not outputs:
         return v[..., :value_dim]
-    return torch.cat(outputs)[torch.cat(rows).argsort()][..., :value_dim]
-
-
-def length_buckets(packed: PackedSequences) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Group sequences whose padded lengths differ by less than a quarter.
-
-    Returns, for each group, the rows of its tokens [n, longest] (clamped into range beyond a sequence's end)
-    and the lengths [n].
-    """
-    groups: list[list[int]] = []
-    order = sorted((n for n, length in enumerate(packed.lengths) if length), key=packed.lengths.__getitem__)
-    shortest = 0
-    for n in reversed(order):
-        if not groups or packed.lengths[n] < shortest:
-            groups.append([])
-            shortest = packed.lengths[n] * 3 // 4
-        groups[-1].append(n)
-    starts = packed.cu_seqlens[:-1].long()
-    buckets = []
-    for group in groups:
-        members = torch.tensor(group, device=starts.device)
-        lengths = torch.tensor([packed.lengths[n] for n in group], device=starts.device)
-        index = starts[members].unsqueeze(1) + torch.arange(packed.lengths[group[0]], device=starts.device)
-        buckets.append((index.clamp(max=int(packed.cu_seqlens[-1]) - 1), lengths))
-    return buckets
+    return torch.cat(outputs).index_select(0, order)[..., :value_dim]

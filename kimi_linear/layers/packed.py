@@ -1,5 +1,6 @@
 """Packed sequences: many sequences in one row of tokens, with their boundaries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,25 +11,47 @@ from kimi_linear.ops.packing import token_positions, uniform_cu_seqlens
 
 
 @dataclass(frozen=True)
+class LengthBucket:
+    """Sequences of like length, laid out as one padded batch.
+
+    Attributes:
+        rows: [n, longest] int64, the packed row of each token; any row beyond a sequence's end.
+        inside: int64, where tokens stand in the flattened padded batch, one sequence after the other.
+    """
+
+    rows: torch.Tensor
+    inside: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PackedSequences:
     """Boundaries of sequences packed into T tokens, and what layers derive from them once for all.
 
     Attributes:
         cu_seqlens: [N + 1] int, from 0 to T.
         tokens: T.
+        known_lengths: tokens of each sequence, where the host knows them.
     """
 
     cu_seqlens: torch.Tensor
     tokens: int
+    known_lengths: tuple[int, ...] | None = None
 
     @classmethod
-    def checked(cls, cu_seqlens: torch.Tensor, tokens: int) -> "PackedSequences":
+    def checked(
+        cls, cu_seqlens: torch.Tensor, tokens: int, lengths: Sequence[int] | None = None
+    ) -> "PackedSequences":
         """Raise ValueError unless the boundaries run from 0 to `tokens` without decreasing.
 
         On a GPU their values go unchecked: the host would wait for them.
         """
-        check_cu_seqlens(cu_seqlens, 1, tokens, cu_seqlens.device)
-        return cls(cu_seqlens, tokens)
+        sequences = check_cu_seqlens(cu_seqlens, 1, tokens, cu_seqlens.device)
+        if lengths is not None and (len(lengths) != sequences or sum(lengths) != tokens):
+            raise ValueError(
+                f"lengths has {len(lengths)} sequences and {sum(lengths)} tokens, but cu_seqlens bounds "
+                f"{sequences} sequences of {tokens}"
+            )
+        return cls(cu_seqlens, tokens, None if lengths is None else tuple(lengths))
 
     @classmethod
     def uniform(cls, sequences: int, length: int, device: torch.device) -> "PackedSequences":
@@ -39,8 +62,8 @@ class PackedSequences:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence. On a GPU the host waits for them, once."""
-        return self.cu_seqlens.diff().tolist()
+        """Tokens of each sequence. On a GPU the host waits for them, once, unless it was told."""
+        return self.cu_seqlens.diff().tolist() if self.known_lengths is None else list(self.known_lengths)
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -51,3 +74,40 @@ class PackedSequences:
     def last_tokens(self) -> torch.Tensor:
         """[N] row of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
+
+    @cached_property
+    def buckets(self) -> tuple[list[LengthBucket], torch.Tensor]:
+        """Sequences grouped so that padded lengths differ by less than a quarter, empty ones left out.
+
+        Returns the groups, and [T] where each packed token stands in the groups' tokens, one group after the
+        other. Worked out on the host and sent to the device without waiting for it.
+        """
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)
+        buckets, rows = [], []
+        for group in _alike(self.lengths):
+            lengths = torch.tensor([self.lengths[n] for n in group])
+            place = torch.arange(self.lengths[group[0]])
+            index = starts[group].unsqueeze(1) + place
+            inside = (place < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+            rows.append(index.flatten()[inside])
+            buckets.append(LengthBucket(self._sent(index.clamp(max=self.tokens - 1)), self._sent(inside)))
+        order = torch.cat(rows).argsort() if rows else torch.empty(0, dtype=torch.int64)
+        return buckets, self._sent(order)
+
+    def _sent(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cu_seqlens.is_cuda:
+            x = x.pin_memory()
+        return x.to(self.cu_seqlens.device, non_blocking=True)
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of nonzero lengths, the longest first, in groups none of which spans more than a quarter."""
+    groups: list[list[int]] = []
+    shortest = 0
+    order = sorted((n for n, length in enumerate(lengths) if length), key=lengths.__getitem__)
+    for n in reversed(order):
+        if not groups or lengths[n] < shortest:
+            groups.append([])
+            shortest = lengths[n] * 3 // 4
+        groups[-1].append(n)
+    return groups

@@ -119,7 +119,7 @@ def compare_logprobs(
     differences, entropies = [], []
     for batch in (batch.to(head.device) for batch in pack(rollouts, longest)):
         with torch.no_grad():
-            hidden = model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens)
+            hidden = model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens, batch.sequence_lengths)
             logprobs, entropy = token_logprobs(hidden[batch.predictors], head, batch.targets, temperature)
         differences.append((logprobs - batch.rollout_logprobs).double())
         entropies.append(entropy.double())

@@ -369,7 +369,7 @@ class Learner:
 
     def _logprobs(self, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [N] with gradient and entropies [N] of a micro-batch's completion tokens."""
-        hidden = self.model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens)
+        hidden = self.model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens, batch.sequence_lengths)
         return token_logprobs(hidden[batch.predictors], self.model.lm_head.weight, batch.targets, temperature)
 
 

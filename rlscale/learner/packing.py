@@ -6,6 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -22,6 +23,7 @@ class MicroBatch:
     Attributes:
         input_ids: [1, T] int64.
         cu_seqlens: [S + 1] int32, boundaries of the S sequences.
+        sequence_lengths: tokens of each of them, for the host.
         predictors: [N] int64, for each completion token the place in the row whose output predicts it.
         targets: [N] int64, the completion tokens.
         rollout_logprobs: [N] float32, their log-probabilities under the policy that drew them.
@@ -35,6 +37,7 @@ class MicroBatch:
 
     input_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    sequence_lengths: list[int]
     predictors: torch.Tensor
     targets: torch.Tensor
     rollout_logprobs: torch.Tensor
@@ -239,6 +242,7 @@ def _micro_batch(rollouts: Sequence[Rollout], chosen: list[int]) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.tensor([input_ids]),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        sequence_lengths=[end - start for start, end in pairwise(boundaries)],
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         rollout_logprobs=torch.tensor(rollout_logprobs),
