@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kimi_linear.ops.arguments import check_cu_seqlens
+from kimi_linear.ops.arguments import check_cu_seqlens, state_dtype
 from kimi_linear.ops.packing import token_positions
 
 # Filters of the Triton kernels; PyTorch serves other widths.
@@ -48,7 +48,11 @@ def short_convolution(
         from kimi_linear.ops.triton.conv import short_convolution as kernel
 
         return kernel(x, weight, cu_seqlens, initial_state)
-    return ShortConvolution.apply(x, weight.to(x.dtype), cu_seqlens, initial_state)
+    high = state_dtype(x.dtype)  # rounded once, as the kernel does
+    if initial_state is not None:
+        initial_state = initial_state.to(high)
+    filters = weight.to(x.dtype).to(high)
+    return ShortConvolution.apply(x.to(high), filters, cu_seqlens, initial_state).to(x.dtype)
 
 
 class ShortConvolution(torch.autograd.Function):
@@ -128,5 +132,6 @@ def convolution_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of N sequences: x [N, C], weight [C, W], state [N, W - 1, C] -> (y [N, C], new state)."""
     window = torch.cat((state, x.unsqueeze(1).to(state.dtype)), dim=1)
-    y = (window.to(x.dtype) * weight.t()).sum(1)
-    return F.silu(y), window[:, 1:]
+    high = state_dtype(x.dtype)
+    y = (window.to(x.dtype).to(high) * weight.to(high).t()).sum(1)
+    return F.silu(y).to(x.dtype), window[:, 1:]

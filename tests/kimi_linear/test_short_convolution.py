@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_linear.config import preset
+from kimi_linear.layers import KimiDeltaAttention, PackedSequences
 from kimi_linear.ops import convolution_state, convolution_step, short_convolution
 
 
@@ -93,3 +95,30 @@ def test_a_call_that_does_not_fit_is_refused(changes: dict[str, torch.Tensor], m
     arguments = {"x": torch.randn(9, 2), "weight": torch.randn(2, 4), "cu_seqlens": torch.tensor([0, 5, 9])}
     with pytest.raises(ValueError, match=message):
         short_convolution(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    x, weight, state = (torch.randn(shape).to(dtype) for shape in ((40, 24), (24, 4), (2, 3, 24)))
+    boundaries = torch.tensor([0, 17, 40])
+    exact = short_convolution(x.double(), weight.double(), boundaries, state.double())
+    assert (short_convolution(x, weight, boundaries, state) == exact.to(dtype)).float().mean() > 0.99
+    exact_step, _ = convolution_step(x[:2].double(), weight.double(), state.double())
+    y, _ = convolution_step(x[:2], weight, state)
+    assert (y == exact_step.to(dtype)).float().mean() > 0.95
+
+
+@torch.no_grad()
+def test_a_kda_layer_rounds_alike_in_chunks_and_token_by_token() -> None:
+    print("seed", torch.seed())
+    config = preset("tiny")
+    layer = KimiDeltaAttention(config)
+    for parameter in layer.parameters():
+        parameter.uniform_(-0.3, 0.3)
+    layer.bfloat16()
+    x = torch.randn(40, config.hidden_size).bfloat16()
+    whole = layer(x, PackedSequences.checked(torch.tensor([0, 40]), 40))
+    _, cache = layer.prefill(x[:9], PackedSequences.checked(torch.tensor([0, 9]), 9))
+    tokens = torch.cat([layer.decode(x[t : t + 1], cache) for t in range(9, 40)])
+    # A rounding more on one side alone would show as several thousandths.
+    assert ((tokens - whole[9:]).float().norm() / whole[9:].float().norm()) < 1.5e-3
