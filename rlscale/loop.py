@@ -24,6 +24,7 @@ from rlscale.experience import Scorer, TrainingPrompts, evaluate
 from rlscale.flops import step_flops
 from rlscale.learner.advantages import assign_advantages
 from rlscale.learner.examples import ptx_batches
+from rlscale.memory import GIB
 from rlscale.models import model_config
 from rlscale.rewards import user_reward
 from rlscale.rollout.pool import RolloutPool
@@ -129,6 +130,7 @@ def train(
                 metrics |= {"sync_s": synced.wall_s, "weight_version": synced.version}
                 metrics |= {"generated_tokens": generated_tokens, "wall_s": wall_s}
                 metrics |= {"cache_bytes_per_sequence": rollouts.cache_bytes(experience.longest_sequence)}
+                metrics |= {"rollout_peak_gib": rollouts.peak_bytes() / GIB}
                 metrics |= step_flops(model, experience.rollouts)
                 run.log_metrics(step, metrics)
                 if trained["skipped_steps"] >= config.learner.max_skipped_steps:

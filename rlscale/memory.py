@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import torch
@@ -31,6 +32,13 @@ def available_gpu_memory() -> int:
     """Bytes free on the current GPU, those included that this process holds and does not use."""
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has used: on the current GPU if it computes there, else the machine's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_gpu_memory() -> dict[str, float]:

@@ -13,7 +13,7 @@ from transformers import KimiLinearConfig
 from kimi_linear.config import cache_size
 from rlscale.bench.results import release, synchronize
 from rlscale.config import Architecture
-from rlscale.memory import GIB
+from rlscale.memory import GIB, peak_bytes
 from rlscale.rollout.vllm_engine import CachePool, start_engine
 
 _WARM_STEPS = 8
@@ -45,7 +45,8 @@ def bench_rollout(
 
     Decoding: `step_ms` (time per output token, scheduling and greedy sampling included), `tokens_per_s`; both
     None where so many sequences do not fit.
-    Both kinds: `cache_bytes_per_sequence`, `sequences_that_fit`. Prefill of a single prompt: `prefill_s`.
+    Both kinds: `cache_bytes_per_sequence`, `sequences_that_fit`, `peak_bytes` of memory that this process has
+    used so far, the engine's cache included. Prefill of a single prompt: `prefill_s`.
     Weights are vLLM's random ones; contexts behind which an engine decodes are planted, not computed.
 
     Args:
@@ -66,10 +67,11 @@ def bench_rollout(
         engine = start_engine(model, dtype, room, most, cache_gib, planted_contexts=True)
         try:
             bench = EngineBench(engine, steps)
+            about: dict[str, Any] = {"architecture": architecture}
             for length in prefills:
-                yield {"architecture": architecture, "kind": "prefill", **bench.prefill(length)}
+                yield {**about, "kind": "prefill", **bench.prefill(length), "peak_bytes": peak_bytes()}
             for workload in workloads:
-                yield {"architecture": architecture, "kind": "decode", **bench.decode(workload)}
+                yield {**about, "kind": "decode", **bench.decode(workload), "peak_bytes": peak_bytes()}
         finally:
             engine.engine_core.shutdown()
             del engine, bench

@@ -10,6 +10,7 @@ import torch
 from transformers import KimiLinearConfig
 
 from rlscale.config import RolloutConfig
+from rlscale.memory import peak_bytes
 from rlscale.rollout.engine import InFlight, RolloutEngine
 from rlscale.rollout.interruption import InterruptingEngine, Interruption
 from rlscale.types import FinishedGroup, GroupRequest
@@ -143,6 +144,9 @@ class RolloutWorker:
 
     def cache_bytes(self, tokens: int) -> int:
         return self.engine.cache_bytes(tokens)
+
+    def peak_bytes(self) -> int:
+        return peak_bytes()
 
     def close(self) -> None:
         if self._engine is not None:

@@ -237,12 +237,20 @@ class RolloutPool:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of cache that one sequence of `tokens` tokens occupies in an engine."""
+        return self._ask(lambda actor: actor.cache_bytes.remote(tokens))
+
+    def peak_bytes(self) -> int:
+        """Most memory that an engine has used so far: of its GPU, or its process's where it has none."""
+        return self._ask(lambda actor: actor.peak_bytes.remote())
+
+    def _ask(self, question: Callable[[Any], Any]) -> int:
+        """What the first engine that is up answers."""
         while True:
             with self._changed:
                 seat = self._wait_for(lambda: [s for s in self._seats if s.is_up])[0]
                 actor = seat.actor
             try:
-                return result(actor.cache_bytes.remote(tokens))
+                return result(question(actor))
             except RayActorError:
                 with self._changed:
                     seat.lost = seat.actor is actor

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from rlscale.memory import peak_bytes
 from rlscale.rollout.engine import RolloutEngine, group_requests
 from rlscale.rollout.pool import Usage
 from rlscale.types import Completion, GenerationReport, GroupRequest, Sampling
@@ -34,6 +35,9 @@ class LocalPool:
 
     def cache_bytes(self, tokens: int) -> int:
         return self.engine.cache_bytes(tokens)
+
+    def peak_bytes(self) -> int:
+        return peak_bytes()
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> LocalGeneration:
         return LocalGeneration(self, prompts, sampling)
