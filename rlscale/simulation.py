@@ -62,11 +62,13 @@ class SimulatedEngines:
 @dataclass(frozen=True, slots=True)
 class SimulatedLearner:
     """How long training takes: `step_s + tokens * token_s` seconds a step, and `sync_s` to bring the engines
-    to the new weights, during which they stand still."""
+    to the new weights, during which they stand still; before it `step_end_s`, until their steps under way
+    have ended."""
 
     step_s: float
     token_s: float
     sync_s: float
+    step_end_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def simulate(
     source = experience_source(
         mode,
         pool,
-        _Weights(clock, pool, learner.sync_s),
+        _Weights(clock, pool, learner),
         _Prompts(),
         _Scores(),
         Selection(SelectionConfig(), prompts_per_step),
@@ -495,14 +497,16 @@ class _Stream:
 class _Weights:
     """See `rlscale.weights.base.WeightSynchronizer`."""
 
-    def __init__(self, clock: SimulatedClock, pool: _Pool, sync_s: float) -> None:
-        self._clock, self._pool, self._sync_s = clock, pool, sync_s
+    def __init__(self, clock: SimulatedClock, pool: _Pool, costs: SimulatedLearner) -> None:
+        self._clock, self._pool, self._costs = clock, pool, costs
 
     def sync_weights(self) -> SyncReport:
-        self._pool.stand_still(self._sync_s)
-        self._clock.run_until(self._clock.now + self._sync_s)
+        started = self._clock.now
+        self._clock.run_until(started + self._costs.step_end_s)
+        self._pool.stand_still(self._costs.sync_s)
+        self._clock.run_until(self._clock.now + self._costs.sync_s)
         self._pool.update(self._pool.version + 1)
-        return SyncReport(self._pool.version, 0, self._sync_s)
+        return SyncReport(self._pool.version, 0, self._clock.now - started)
 
     def close(self) -> None:
         """Holds nothing."""

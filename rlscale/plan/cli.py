@@ -51,7 +51,8 @@ def plan(
         ),
     ] = 0,
     lengths_of: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Take the lengths that this run's completions had.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Take lengths of this run's completions, up to the budget."),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a device-hour, in any currency.")] = None,
     crossing: Annotated[
@@ -189,7 +190,7 @@ def _lengths(cell: RunConfig, sigma: float, lengths_of: Path | None) -> Lengths:
     if lengths_of is not None:
         if sigma:
             raise UserError("--sigma and --lengths-of both say how long completions are: remove one")
-        return run_lengths(lengths_of)
+        return run_lengths(lengths_of, cell.budget)
     if sigma:
         return LogNormalLengths(cell.task.required_length, sigma, cell.budget, cell.seed)
     return FixedLengths(min(cell.budget, cell.task.required_length + 1))

@@ -340,7 +340,7 @@ def bound(job: Job, mode: ModeConfig, split: Split) -> float:
     """Seconds of a step, about: from averages, as if nothing but the slower side counted."""
     learner_s, sync_s = job.learner_s(split), job.sync_s(split)
     if isinstance(mode, AsynchronousConfig):
-        return max(_stream_s(job, mode, split), learner_s) + sync_s
+        return max(_stream_s(job, mode, split), learner_s + _step_end_s(job, mode, split)) + sync_s
     batch_s = _batch_s(job, split)
     if isinstance(mode, OneStepOffConfig):
         return max(batch_s, learner_s) + sync_s
@@ -376,7 +376,10 @@ def simulate_step(job: Job, mode: ModeConfig, split: Split) -> tuple[SimulationR
             prompt_tokens=work.prompt_tokens / grain,
         ),
         SimulatedLearner(
-            0.0, job.learner_s(split) / (prompts * work.samples * work.mean / grain), job.sync_s(split)
+            0.0,
+            job.learner_s(split) / (prompts * work.samples * work.mean / grain),
+            job.sync_s(split),
+            _step_end_s(job, mode, split),
         ),
         lengths,
         prompts_per_step=prompts,
@@ -439,6 +442,16 @@ def _stream_s(job: Job, mode: AsynchronousConfig, split: Split) -> float:
     rate = n / (_step(job, n, context) + n * work.prompt_tokens * job.prefill_token_s / work.mean)
     recomputed = n * context * job.prefill_token_s if mode.in_flight == "recompute" else 0.0
     return work.completions * work.mean / (rate * split.engines) + recomputed
+
+
+def _step_end_s(job: Job, mode: ModeConfig, split: Split) -> float:
+    """Seconds until steps under way have ended, of all engines, when new weights arrive in the middle."""
+    if not isinstance(mode, AsynchronousConfig):
+        return 0.0
+    work = job.work
+    n = min(job.places, 2 * work.completions / split.engines)
+    step_s = _step(job, n, work.prompt_tokens + work.mean_square / work.mean / 2)
+    return step_s * split.engines / (split.engines + 1)  # the latest of so many, each as likely here as there
 
 
 def _step(job: Job, n: float, context: float) -> float:

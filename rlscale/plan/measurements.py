@@ -70,8 +70,8 @@ def read_measurements(
     return found
 
 
-def run_lengths(folder: Path) -> EmpiricalLengths:
-    """Lengths of the completions that a run was trained on.
+def run_lengths(folder: Path, budget: int) -> EmpiricalLengths:
+    """Lengths of the completions that a run was trained on, cut off at `budget`.
 
     Raises:
         UserError: the folder holds no run, or one without steps.
@@ -79,7 +79,8 @@ def run_lengths(folder: Path) -> EmpiricalLengths:
     record = read_run(folder)
     if not record.metrics:
         raise UserError(f"{folder} has no steps yet: name a run that has")
-    return EmpiricalLengths.of_steps([_quantiles(record, step) for step in record.metrics])
+    seen = EmpiricalLengths.of_steps([_quantiles(record, step) for step in record.metrics])
+    return EmpiricalLengths(tuple(min(tokens, budget) for tokens in seen.quantiles))
 
 
 def _read_results(

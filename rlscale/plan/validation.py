@@ -39,7 +39,7 @@ def compare(measured: Sequence[Path], predicted: Path, lengths_of: Path | None =
     config = record.config
     lengths: Lengths = FixedLengths(min(config.budget, config.task.required_length + 1))
     if lengths_of is not None:
-        lengths = run_lengths(lengths_of)
+        lengths = run_lengths(lengths_of, config.budget)
     cpu = find_device("cpu")
     measurements = read_measurements(measured, config.model, config.architecture, cpu)
     job = make_job(config, lengths, cpu, Efficiency(), measurements)

@@ -57,7 +57,7 @@ def test_runs_that_were_not_measured_take_as_long_as_predicted(tmp_path: Path) -
         costs = folders["few"] + folders["many"]
         errors = {}
         for name, config in predicted.items():
-            lengths = run_lengths(folders["many"][0])
+            lengths = run_lengths(folders["many"][0], config.budget)
             plan = make_plan(config, lengths, find_device("cpu"), None, costs, Efficiency())
             assert (
                 plan.costs["decode step"].origin == plan.costs["operation of training"].origin == "measured"
