@@ -27,6 +27,7 @@ from rlscale.config import AsynchronousConfig, RunConfig, load_config
 from rlscale.learner.learner import Learner, LearnerSpec
 from rlscale.lengths import SequenceLengths
 from rlscale.loop import StepReport, train
+from rlscale.memory import peak_bytes
 from rlscale.models import interruption_of, model_config, tokenizer_for
 from rlscale.rollout.actor import EngineSpec
 from rlscale.rollout.engine import InFlight, RolloutEngine, group_requests
@@ -128,6 +129,9 @@ class RehearsalPool:
 
     def cache_bytes(self, tokens: int) -> int:
         return self._seats[0].engine.cache_bytes(tokens)
+
+    def peak_bytes(self) -> int:
+        return peak_bytes()
 
     def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> _Generation:
         return _Generation(self, group_requests(prompts, sampling))
