@@ -202,6 +202,14 @@ class Language(types.ModuleType):
         return (x + y - 1) // y
 
     @staticmethod
+    def cast(x: Any, dtype: torch.dtype) -> Tensor:
+        return Tensor(torch.as_tensor(getattr(x, "data", x)).to(dtype))
+
+    @staticmethod
+    def barrier() -> None:
+        pass
+
+    @staticmethod
     def exp2(x: Tensor) -> Tensor:
         return Tensor(x.data.exp2())
 
@@ -286,12 +294,17 @@ class Language(types.ModuleType):
         at.memory[offset[inside]] = x[inside]
 
 
-def multiply_matrices(a: Any, b: Any, acc: Tensor, **options: Any) -> Tensor:
+def multiply_matrices(a: Any, b: Any, acc: Tensor, use_acc: bool = True, **options: Any) -> Tensor:
     """Both products of the matrix units, float32 operands cut to TF32 as they do."""
     x, y = (t.data for t in (a, b))
     if x.dtype == torch.float32:
         x, y = ((t.contiguous().view(torch.int32) & -8192).view(torch.float32) for t in (x, y))
-    return Tensor(acc.data + x.float() @ y.float())
+    result = x.float() @ y.float()
+    return Tensor(acc.data + result if use_acc else result)
+
+
+def copy_to_shared(target: Shared, source: Pointer, mask: Tensor | None = None) -> None:
+    target.store(LANGUAGE.load(source, mask))
 
 
 LANGUAGE = Language()
@@ -335,6 +348,12 @@ def interpreted() -> Iterator[None]:
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.mma_v2 = hopper.warpgroup_mma = multiply_matrices  # type: ignore[attr-defined]
     hopper.fence_async_shared = lambda: None  # type: ignore[attr-defined]
+    hopper.warpgroup_mma_wait = lambda pending, deps: deps  # type: ignore[attr-defined]
+    hopper.async_copy = types.SimpleNamespace(  # type: ignore[attr-defined]
+        async_copy_global_to_shared=copy_to_shared,
+        commit_group=lambda: None,
+        wait_group=lambda pending: None,
+    )
     modules = {module.__name__: module for module in (gluon, hopper)}
     with mock.patch.dict(sys.modules, modules), mock.patch.object(triton.experimental, "gluon", gluon):
         yield

@@ -26,11 +26,13 @@ else:
     from kimi_linear.ops.triton import chunk
     from kimi_linear.ops.triton.gradient import gradient_kernel
     from kimi_linear.ops.triton.prepare import prepare_kernel
+    from kimi_linear.ops.triton.scan import scan_forward_kernel
 
     PREPARE = "kimi_linear.ops.triton.prepare_hopper"
     prepare_hopper = load_interpreted(PREPARE)
     with mock.patch.dict(sys.modules, {PREPARE: prepare_hopper}):
         gradient_hopper = load_interpreted("kimi_linear.ops.triton.gradient_hopper")
+    scan_hopper = load_interpreted("kimi_linear.ops.triton.scan_hopper")
 
     # What the Hopper kernels take of the portable ones' constants.
     SHARED = ("HV", "K", "VARLEN", "GATE", "BETA_SIGMOID", "NORMALIZE")
@@ -76,15 +78,15 @@ else:
         prepare = BothKernels(
             prepare_kernel,
             prepare_hopper.prepare_hopper_kernel,
-            {6: "read_keys", 7: "queries", 8: "write_keys", 9: "decay", 11: "inverse", 13: "attention"},
-            {0, 1, 2, 3, 6, 7, 8, 11, 13},
+            {6: "read_keys", 7: "queries", 8: "write_keys", 9: "decay", 11: "inverse", 14: "attention"},
+            {0, 1, 2, 3, 6, 7, 8, 11, 14},
             ("H",),
         )
         gradient = BothKernels(
             gradient_kernel,
             gradient_hopper.gradient_hopper_kernel,
-            {11: "dq", 12: "dk", 13: "dv", 14: "dg", 15: "dbeta", 16: "bias", 17: "rate"},
-            {0, 1, 2, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15},
+            {12: "dq", 13: "dk", 14: "dv", 15: "dg", 16: "dbeta", 17: "bias", 18: "rate"},
+            {0, 1, 2, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16},
             ("V",),
         )
         monkeypatch.setattr(chunk, "prepare_kernel", prepare)
@@ -129,5 +131,45 @@ else:
         print(prepared, gradients)
         assert max(prepared.values()) < 0.003
         for name, error in gradients.items():
-            # Both are sums of both signs over many rounded products, down to one number a chunk.
-            assert error < (0.1 if name in ("rate", "dbeta") else 0.01)
+            # A sum of both signs over many rounded products, down to one number a chunk.
+            assert error < (0.1 if name == "rate" else 0.01)
+
+    class BothScans:
+        """Launches the portable scan, then the Hopper scan on the same inputs, rounded to bfloat16."""
+
+        def __getitem__(self, grid):  # type: ignore[no-untyped-def]
+            def launch(*arguments, **constants):  # type: ignore[no-untyped-def]
+                scan_forward_kernel[grid](*arguments, **constants)
+                keys, queries, writes, decay, scales, _, _, scores, v, o, initial, final, *_ = arguments
+                starts, bounds, tokens, scale = arguments[-4:]
+                rounded = (x.bfloat16() for x in (keys, queries, writes))
+                own_o, own_final = (
+                    torch.full_like(o, float("nan")).bfloat16(),
+                    torch.full_like(final, float("nan")),
+                )
+                scan_hopper.scan_hopper_kernel[(constants["V"] // scan_hopper.SLICE, grid[1])](
+                    *rounded, decay, scales, scores.bfloat16(), v.bfloat16(), own_o, initial, own_final,
+                    starts, bounds, tokens, scale, HV=constants["HV"], K=constants["K"], V=constants["V"],
+                    VARLEN=constants["VARLEN"], DEPTH=scan_hopper.STAGES,
+                )  # fmt: skip
+                self.errors = [float((x - y).norm() / y.norm()) for x, y in ((own_o, o), (own_final, final))]
+
+            return launch
+
+    @pytest.mark.parametrize(("bounds", "value_dim"), [([0, 200], 128), ([0, 1, 1, 70], 64)])
+    def test_both_scans_give_the_same_outputs_and_states(monkeypatch, bounds, value_dim) -> None:  # type: ignore[no-untyped-def]
+        scans = BothScans()
+        monkeypatch.setattr(chunk, "scan_forward_kernel", scans)
+        inputs = new_inputs(bounds[-1], 1, 64, activated=False)
+        inputs["v"] = torch.randn(1, bounds[-1], 1, value_dim).bfloat16().float()
+        with torch.no_grad():
+            chunk.chunk_kda(
+                **inputs,
+                initial_state=torch.randn(len(bounds) - 1, 1, 64, value_dim),
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+                use_gate_in_kernel=True,
+                use_beta_sigmoid_in_kernel=True,
+                cu_seqlens=torch.tensor(bounds) if len(bounds) > 2 else None,
+            )
+        assert max(scans.errors) < 0.004

@@ -13,6 +13,7 @@ from kimi_linear.ops.triton.packing import CHUNK, chunk_table
 from kimi_linear.ops.triton.prepare import prepare_kernel
 from kimi_linear.ops.triton.prepare_hopper import TILE, WARPS, prepare_hopper_kernel
 from kimi_linear.ops.triton.scan import scan_backward_kernel, scan_forward_kernel
+from kimi_linear.ops.triton.scan_hopper import SLICE, STAGES, scan_hopper_kernel, serves
 from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE, SOFTPLUS_GATE
 
 MAX_HEAD_SIZE = 256
@@ -24,6 +25,21 @@ HOPPER_OPTIONS = {"num_warps": WARPS}
 GRADIENT_OPTIONS = {"BK": 16, "num_warps": 4, "num_stages": 1}
 WIDE_GRADIENT_OPTIONS = {"BK": 32, "num_warps": 2, "num_stages": 1}
 SCAN_STAGES = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Between ways to do the same work, until an H100 has timed them: only `python -m benchmarks.kda
+    --candidates` and the check beside it choose others than the defaults.
+    """
+
+    # On Hopper, scans that keep no states run in Gluon with the state transposed.
+    hopper_scan: bool = False
+    # What `prepare` writes stays in memory from the forward to the backward pass instead of being made again.
+    keep_prepared: bool = False
+
+
+CHOICE = Choice()
 
 
 def fit(options: dict[str, int], padded_key_dim: int) -> dict[str, int]:
@@ -130,7 +146,9 @@ class Prepared:
     decay: torch.Tensor
     scales: torch.Tensor
     attention: torch.Tensor
+    # For gradients alone; the rests only where operands are bfloat16.
     inverse: torch.Tensor | None
+    inverse_rest: torch.Tensor | None
     write_rest: torch.Tensor | None
 
 
@@ -147,7 +165,7 @@ def prepare(
     blocks = (p.chunks, p.value_heads)
     split = backward and p.operand != torch.float32
     keys = torch.empty(4 if split else 3, *blocks, CHUNK, p.padded_key_dim, dtype=p.operand, device=q.device)
-    squares = torch.empty(2 if backward else 1, *blocks, CHUNK, CHUNK, dtype=p.operand, device=q.device)
+    squares = torch.empty(1 + backward + split, *blocks, CHUNK, CHUNK, dtype=p.operand, device=q.device)
     decay = torch.empty(*blocks, p.padded_key_dim, dtype=torch.float32, device=q.device)
     scales = torch.empty(*blocks, 3, CHUNK, dtype=torch.float32, device=q.device)
     prepared = Prepared(
@@ -158,29 +176,14 @@ def prepare(
         scales=scales,
         attention=squares[0],
         inverse=squares[1] if backward else None,
+        inverse_rest=squares[2] if split else None,
         write_rest=keys[3] if split else None,
     )
     arguments = (
-        q,
-        k,
-        g,
-        beta,
-        a_log,
-        dt_bias,
-        prepared.read_keys,
-        prepared.queries,
-        prepared.write_keys,
-        prepared.decay,
-        prepared.scales,
-        prepared.inverse,
-        prepared.write_rest,
-        prepared.attention,
-        p.table,
-        p.cu_seqlens,
-        p.tokens,
-        p.sequences,
-        p.lower_bound,
-    )
+        q, k, g, beta, a_log, dt_bias, prepared.read_keys, prepared.queries, prepared.write_keys,
+        prepared.decay, prepared.scales, prepared.inverse, prepared.inverse_rest, prepared.write_rest,
+        prepared.attention, p.table, p.cu_seqlens, p.tokens, p.sequences, p.lower_bound,
+    )  # fmt: skip
     grid = (p.chunks * p.value_heads,)
     if p.on_hopper(q.device):
         prepare_hopper_kernel[grid](
@@ -213,31 +216,26 @@ def scan_forward(
     final_state: torch.Tensor | None,
     states: torch.Tensor | None,
     deltas: torch.Tensor | None,
+    delta_rest: torch.Tensor | None,
 ) -> None:
+    if CHOICE.hopper_scan and states is None and p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
+        scan_hopper_kernel[(p.value_dim // SLICE, p.sequences * p.value_heads)](
+            prepared.read_keys, prepared.queries, prepared.write_keys, prepared.decay, prepared.scales,
+            prepared.attention, v, o, initial_state, final_state, p.starts, p.cu_seqlens, p.tokens, p.scale,
+            HV=p.value_heads, K=p.key_dim, V=p.value_dim, VARLEN=p.cu_seqlens is not None, DEPTH=STAGES,
+            **HOPPER_OPTIONS,
+        )  # fmt: skip
+        return
     options, slices = p.scan_options()
     scan_forward_kernel[(slices, p.sequences * p.value_heads)](
-        prepared.read_keys,
-        prepared.queries,
-        prepared.write_keys,
-        prepared.decay,
-        prepared.scales,
-        prepared.inverse,
-        prepared.attention,
-        v,
-        o,
-        initial_state,
-        final_state,
-        states,
-        deltas,
-        p.starts,
-        p.cu_seqlens,
-        p.tokens,
-        p.scale,
+        prepared.read_keys, prepared.queries, prepared.write_keys, prepared.decay, prepared.scales,
+        prepared.inverse, prepared.inverse_rest, prepared.attention, v, o, initial_state,
+        final_state, states, deltas, delta_rest, p.starts, p.cu_seqlens, p.tokens, p.scale,
         V=p.value_dim,
         VP=p.padded_value_dim,
         **p.sizes,
         **options,
-    )
+    )  # fmt: skip
 
 
 def new_final_state(p: Problem, like: torch.Tensor) -> torch.Tensor:
@@ -246,22 +244,26 @@ def new_final_state(p: Problem, like: torch.Tensor) -> torch.Tensor:
 
 
 class ChunkKDA(torch.autograd.Function):
-    """Keeps its inputs alone; the backward pass computes the rest again (about a quarter of its time)."""
+    """Keeps its inputs; the backward pass computes the rest again (about a quarter of its time), but for
+    `Choice.keep_prepared`.
+    """
 
     @staticmethod
     def forward(ctx, p, q, k, v, g, beta, a_log, dt_bias, initial_state, output_final_state):
-        prepared = prepare(p, q, k, g, beta, a_log, dt_bias)
+        keep = CHOICE.keep_prepared and any(ctx.needs_input_grad)
+        prepared = prepare(p, q, k, g, beta, a_log, dt_bias, backward=keep)
         o = torch.empty_like(v)
         final_state = new_final_state(p, v) if output_final_state else None
-        scan_forward(p, prepared, v, o, initial_state, final_state, None, None)
+        scan_forward(p, prepared, v, o, initial_state, final_state, None, None, None)
         ctx.problem = p
-        ctx.save_for_backward(q, k, v, g, beta, a_log, dt_bias, initial_state)
+        kept = vars(prepared).values() if keep else ()
+        ctx.save_for_backward(q, k, v, g, beta, a_log, dt_bias, initial_state, *kept)
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, final_state_grad):
         p: Problem = ctx.problem
-        q, k, v, g, beta, a_log, dt_bias, initial_state = ctx.saved_tensors
+        q, k, v, g, beta, a_log, dt_bias, initial_state, *kept = ctx.saved_tensors
         do = do.contiguous()
         if final_state_grad is not None:
             final_state_grad = final_state_grad.contiguous()
@@ -270,37 +272,29 @@ class ChunkKDA(torch.autograd.Function):
         value_shape = (*blocks, CHUNK, p.padded_value_dim)
         # Value channels that a slice pads are never written, and the gradient reads them: zeros.
         new = torch.empty if p.value_dim == p.padded_value_dim else torch.zeros
-        prepared = prepare(p, q, k, g, beta, a_log, dt_bias, backward=True)
+        prepared = Prepared(*kept) if kept else prepare(p, q, k, g, beta, a_log, dt_bias, backward=True)
         states = new(state_shape, dtype=p.operand, device=v.device)
         deltas = new(value_shape, dtype=p.operand, device=v.device)
-        scan_forward(p, prepared, v, None, initial_state, None, states, deltas)
+        delta_rest = None if prepared.inverse_rest is None else torch.empty_like(deltas)
+        scan_forward(p, prepared, v, None, initial_state, None, states, deltas, delta_rest)
 
         state_grads = new(state_shape, dtype=p.operand, device=v.device)
         error_grads = new(value_shape, dtype=p.operand, device=v.device)
         initial_state_grad = torch.empty_like(initial_state) if ctx.needs_input_grad[8] else None
         options, slices = p.scan_options(backward=True)
+        beta_parts = torch.empty(*blocks, slices, CHUNK, device=v.device)
         scan_backward_kernel[(slices, p.sequences * p.value_heads)](
-            prepared.read_keys,
-            prepared.queries,
-            prepared.write_keys,
-            prepared.write_rest,
-            prepared.decay,
-            prepared.scales,
-            prepared.attention,
-            do,
-            final_state_grad,
-            initial_state_grad,
-            state_grads,
-            error_grads,
-            p.starts,
-            p.cu_seqlens,
-            p.tokens,
-            p.scale,
+            prepared.read_keys, prepared.queries, prepared.write_keys, prepared.write_rest, prepared.decay,
+            prepared.scales, prepared.attention, deltas, delta_rest, do, final_state_grad, initial_state_grad,
+            state_grads, error_grads, beta_parts, p.starts, p.cu_seqlens, p.tokens, p.scale,
             V=p.value_dim,
             VP=p.padded_value_dim,
             **p.sizes,
             **options,
-        )
+        )  # fmt: skip
+        # The gradients below may take the memory of what only the scans needed.
+        scales = prepared.scales
+        del prepared, kept, delta_rest
 
         groups = p.value_heads // p.heads
         per_head = (*q.shape[:2], p.value_heads, p.key_dim)
@@ -311,31 +305,10 @@ class ChunkKDA(torch.autograd.Function):
         bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
         rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
         arguments = (
-            q,
-            k,
-            g,
-            a_log,
-            dt_bias,
-            do,
-            states,
-            deltas,
-            state_grads,
-            error_grads,
-            prepared.scales,
-            dq,
-            dk,
-            dv,
-            dg,
-            dbeta,
-            bias_parts,
-            rate_parts,
-            p.table,
-            p.cu_seqlens,
-            p.tokens,
-            p.sequences,
-            p.scale,
-            p.lower_bound,
-        )
+            q, k, g, a_log, dt_bias, do, states, deltas, state_grads, error_grads, beta_parts, scales, dq, dk,
+            dv, dg, dbeta, bias_parts, rate_parts, p.table, p.cu_seqlens, p.tokens, p.sequences, slices,
+            p.scale, p.lower_bound,
+        )  # fmt: skip
         grid = (p.chunks * p.value_heads,)
         if p.on_hopper(q.device) and groups == 1 and p.value_dim == p.padded_value_dim >= TILE:
             gradient_hopper_kernel[grid](
@@ -432,7 +405,7 @@ def chunk_kda(
     prepared = prepare(p, q, k, g, beta, A_log, dt_bias)
     o = torch.empty_like(v)
     final_state = new_final_state(p, v) if output_final_state else None
-    scan_forward(p, prepared, v, o, initial_state, final_state, None, None)
+    scan_forward(p, prepared, v, o, initial_state, final_state, None, None, None)
     return o, final_state
 
 

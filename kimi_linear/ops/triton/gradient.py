@@ -104,6 +104,7 @@ def gradient_kernel(
     deltas,
     state_grads,
     error_grads,
+    beta_parts,
     scales,
     dq,
     dk,
@@ -116,6 +117,7 @@ def gradient_kernel(
     cu_seqlens,
     T,
     sequences,
+    slices,
     scale,
     lower_bound,
     H: tl.constexpr,
@@ -415,13 +417,13 @@ def gradient_kernel(
     # beta scales what a token's error adds, so its gradient is derror . delta / beta, which the sigmoid's own
     # derivative turns into a product.
     n = tl.arange(0, C)
-    n_q_norm, n_k_norm, n_b = load_row_scales(scales, block, n, C)
+    _, n_k_norm, n_b = load_row_scales(scales, block, n, C)
     b_grad = tl.zeros([C], dtype=tl.float32)
+    for part in tl.range(0, slices):
+        b_grad += tl.load(beta_parts + (block * slices + part) * C + n)
     for v_start in tl.range(0, VP, BV):
         vv = v_start + tl.arange(0, BV)
         error_grad = tl.load(error_grads + packed + n[:, None] * VP + vv[None, :]).to(tl.float32)
-        delta = tl.load(deltas + packed + n[:, None] * VP + vv[None, :]).to(tl.float32)
-        b_grad += tl.sum(error_grad * delta, axis=1)
         v_mask = (n < rows)[:, None] & (vv < V)[None, :]
         at = dv + v_base + n[:, None] * (HV * V) + vv[None, :]
         tl.store(at, (error_grad * n_b[:, None]).to(dv.dtype.element_ty), mask=v_mask)

@@ -173,6 +173,7 @@ def gradient_hopper_kernel(
     deltas,
     state_grads,
     error_grads,
+    beta_parts,
     scales,
     dq,
     dk,
@@ -185,6 +186,7 @@ def gradient_hopper_kernel(
     cu_seqlens,
     T,
     sequences,
+    slices,
     scale,
     lower_bound,
     HV: gl.constexpr,
@@ -240,8 +242,9 @@ def gradient_hopper_kernel(
         delta.index(index).store(z)
         y = y.to(gl.float32)
         own += gl.sum(x.to(gl.float32) * z.to(gl.float32), axis=1)
-        b_grad += gl.sum(y * z.to(gl.float32), axis=1)
         gl.store(dv + at, (y * n_b[:, None]).to(dv.dtype.element_ty), mask=n_mask)
+    for part in range(slices):
+        b_grad += gl.load(beta_parts + (block * slices + part) * C + n)
     # beta scales what a token's error adds, so its gradient is derror . delta / beta, which the sigmoid's own
     # derivative turns into a product.
     b_grad /= gl.load(scales + C + n)

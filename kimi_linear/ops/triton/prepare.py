@@ -155,6 +155,7 @@ def prepare_kernel(
     decay,
     scales,
     inverse,
+    inverse_rest,
     write_rest,
     attention,
     chunk_table,
@@ -181,14 +182,14 @@ def prepare_kernel(
     inverse = diag(rk) (I + diag(beta rk) (k k^T decayed, strictly lower) diag(rk))^-1, both [64, 64], writes
 
     read_keys = k exp(G), queries = q exp(G), write_keys = inverse^T k exp(G_C - G), [64, KP] each;
-    attention = P inverse [64, 64]; decay = exp(G_C) [KP]; and scales [3, 64]: rq and rk, the inverse norms
-    (1 unless NORMALIZE), and beta. Only where they are given: `inverse` itself, and `write_rest`, what
-    write_keys lose when they are rounded to OPERAND.
+    attention = diag(rq) P inverse [64, 64]; decay = exp(G_C) [KP]; and scales [3, 64]: rq and rk, the inverse
+    norms (1 unless NORMALIZE), and beta. Only where they are given, for gradients: `inverse` itself, and what
+    it and write_keys lose when they are rounded to OPERAND (`inverse_rest`, `write_rest`).
 
     The scans see nothing else of the inverse. Between keys that are nearly the same it takes differences, so
-    here everything up to its products is multiplied in more than OPERAND's precision, and rounded last. q
-    and k stay as they came: the norms are sums over all channels, known at the end, and cost the scans one
-    product a row.
+    here everything up to its products is multiplied in more than OPERAND's precision, and rounded last.
+    queries and read_keys are without their norms, which are sums over all channels, known at the end, and
+    cost the scans one product a row.
     """
     A: tl.constexpr = 16
     S: tl.constexpr = 4
@@ -306,12 +307,15 @@ def prepare_kernel(
 
     solve = assemble(near, mid, far)
     n = tl.arange(0, C)
-    _, row_norm, _ = load_row_scales(scales, block, n, C)
+    row_q_norm, row_norm, _ = load_row_scales(scales, block, n, C)
     solve *= row_norm[:, None]
     at = block * (C * C) + n[:, None] * C + n[None, :]
     if inverse is not None:
         tl.store(inverse + at, solve.to(OPERAND))
+    if inverse_rest is not None:
+        tl.store(inverse_rest + at, (solve - solve.to(OPERAND).to(tl.float32)).to(OPERAND))
     scores = tl.dot(assemble(near_attention, mid_attention, far_attention), solve, input_precision=EXACT)
+    scores *= row_q_norm[:, None]
     tl.store(attention + at, scores.to(OPERAND))
 
     solve = tl.trans(solve)

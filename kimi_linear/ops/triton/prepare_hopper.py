@@ -111,6 +111,16 @@ def leading(x):
 
 
 @gluon.jit
+def nearest(x):
+    """x, moved so that a TF32 product, which cuts it to its leading bits, takes it rounded to nearest.
+
+    Cut, all products of keys come out too small, by so much as the leading bits' half: enough to change what
+    nearly equal keys leave of each other.
+    """
+    return (x.to(gl.int32, bitcast=True) + 4096).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def multiply_blocks(x, y, acc):
     """acc + x y for blocks [4, 16, 16], x a result, y in SECOND_LAYOUT, to float32's precision."""
     x = gl.reshape(gl.permute(gl.reshape(x, [4, 16, 2, 4, 2]), (0, 1, 2, 4, 3)), [4, 16, 16])
@@ -157,6 +167,7 @@ def prepare_hopper_kernel(
     decay,
     scales,
     inverse,
+    inverse_rest,
     write_rest,
     attention,
     chunk_table,
@@ -250,7 +261,7 @@ def prepare_hopper_kernel(
             h = 1 << level
             is_row = (at_token // h) % 2 == 1
             d = gl.where(is_row, before, after)
-            k_decayed = k_tile * d
+            k_decayed = nearest(k_tile * d)
             k_columns = columns(k_decayed)
             pairs = (
                 ((row // (2 * h)) == (column // (2 * h))) & ((row // h) % 2 == 1) & ((column // h) % 2 == 0)
@@ -268,7 +279,7 @@ def prepare_hopper_kernel(
         k_rows = k_tile * before
         q_rows = q_tile * before
         whole = gl.reduce(total, 1, keep)
-        key_slots.store(gl.reshape(k_columns, [C, 32]))
+        key_slots.store(gl.reshape(nearest(k_columns), [C, 32]))
         total_slots.store(gl.reshape(whole, [4 * 32]))
         passed = gl.full([32], 1.0, gl.float32, ONE_CHANNEL)
         for j in gl.static_range(3, -1, -1):
@@ -280,13 +291,13 @@ def prepare_hopper_kernel(
                 x = columns(gl.expand_dims(x, 0) + gl.zeros([4, 16, 32], gl.float32, TILE_LAYOUT))
                 if j == 2:
                     attention2 = mma_v2(rows(q_rows), x, attention2, input_precision="tf32")
-                    gram2 = mma_v2(rows(k_rows), x, gram2, input_precision="tf32")
+                    gram2 = mma_v2(rows(nearest(k_rows)), x, gram2, input_precision="tf32")
                 elif j == 1:
                     attention1 = mma_v2(rows(q_rows), x, attention1, input_precision="tf32")
-                    gram1 = mma_v2(rows(k_rows), x, gram1, input_precision="tf32")
+                    gram1 = mma_v2(rows(nearest(k_rows)), x, gram1, input_precision="tf32")
                 else:
                     attention0 = mma_v2(rows(q_rows), x, attention0, input_precision="tf32")
-                    gram0 = mma_v2(rows(k_rows), x, gram0, input_precision="tf32")
+                    gram0 = mma_v2(rows(nearest(k_rows)), x, gram0, input_precision="tf32")
                 behind = tile_sub_chunk > j
                 q_rows = gl.where(behind, q_rows * skipped, q_rows)
                 k_rows = gl.where(behind, k_rows * skipped, k_rows)
@@ -311,6 +322,8 @@ def prepare_hopper_kernel(
     gl.store(scales + 2 * C + token, b)
     norms = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     norms.store(gl.reshape(k_norm, [C]))
+    q_norms = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    q_norms.store(gl.reshape(q_norm, [C]))
 
     # diag(rk) (I + X diag(rk))^-1 = (I + diag(rk) X)^-1 diag(rk): the factor rk is left to the results.
     gain = gl.expand_dims(gl.convert_layout(b * k_norm * k_norm, BY_ROW, assert_trivial=True), 2)
@@ -384,13 +397,18 @@ def prepare_hopper_kernel(
     result = warpgroup_mma(scores, solve, result)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     result *= norms.load(gl.SliceLayout(0, SQUARE_RESULT))[None, :]
+    result *= q_norms.load(gl.SliceLayout(1, SQUARE_RESULT))[:, None]
     at = gl.arange(0, C, gl.SliceLayout(1, STORED))[:, None] * C
     at += gl.arange(0, C, gl.SliceLayout(0, STORED))[None, :]
     gl.store(attention + at, gl.convert_layout(result.to(attention.dtype.element_ty), STORED))
     if inverse is not None:
         x = solve.load(STORED).to(gl.float32) + solve_rest.load(STORED).to(gl.float32)
         x *= norms.load(gl.SliceLayout(0, STORED))[None, :]
-        gl.store(inverse + block * (C * C) + at, x.to(inverse.dtype.element_ty))
+        rounded = x.to(inverse.dtype.element_ty)
+        gl.store(inverse + block * (C * C) + at, rounded)
+        if inverse_rest is not None:
+            rest = (x - rounded.to(gl.float32)).to(inverse_rest.dtype.element_ty)
+            gl.store(inverse_rest + block * (C * C) + at, rest)
     TILE_RESULT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]
     )

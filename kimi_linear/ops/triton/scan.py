@@ -32,6 +32,7 @@ def scan_forward_kernel(
     decay,
     scales,
     inverse,
+    inverse_rest,
     attention,
     v,
     o,
@@ -39,6 +40,7 @@ def scan_forward_kernel(
     final_state,
     states,
     deltas,
+    delta_rest,
     chunk_starts,
     cu_seqlens,
     T,
@@ -55,10 +57,11 @@ def scan_forward_kernel(
 ):
     """Per chunk, with S the state at its start:
 
-    e = beta (v - rk read_keys S);  o = scale rq (queries S + attention e);  S <- decay S + write_keys^T e.
+    e = beta (v - rk read_keys S);  o = scale (rq queries S + attention e);  S <- decay S + write_keys^T e.
 
     With `states` [chunks, HV, KP, VP] and `deltas` [chunks, HV, 64, VP] given, writes S and
-    delta = inverse e for the backward pass; without `o` computes no output.
+    delta = inverse e for the backward pass; without `o` computes no output. What delta loses when it is
+    rounded goes to `delta_rest`.
     """
     C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV
@@ -94,18 +97,27 @@ def scan_forward_kernel(
         if states is not None:
             tl.store(states + block * (KP * VP) + kk[:, None] * VP + vv[None, :], state_operand)
         recalled = tl.dot(keys, state_operand, input_precision=PRECISION)
-        error = values * gain[:, None] - recalled * (gain * k_norm)[:, None]
-        error = error.to(OPERAND)
+        exact = values * gain[:, None] - recalled * (gain * k_norm)[:, None]
+        error = exact.to(OPERAND)
         if deltas is not None:
             solve = tl.load(inverse + block * (C * C) + square_offsets)
+            delta_offsets = block * (C * VP) + n[:, None] * VP + vv[None, :]
             delta = tl.dot(solve, error, input_precision=PRECISION)
-            tl.store(deltas + block * (C * VP) + n[:, None] * VP + vv[None, :], delta.to(OPERAND))
+            if delta_rest is not None:
+                # Errors of nearly equal keys are alike, and delta holds their differences, of which beta's
+                # gradient is a sum of both signs: both operands are taken as two numbers each.
+                rest = (exact - error.to(tl.float32)).to(OPERAND)
+                delta = tl.dot(solve, rest, acc=delta, input_precision=PRECISION)
+                solve = tl.load(inverse_rest + block * (C * C) + square_offsets)
+                delta = tl.dot(solve, error, acc=delta, input_precision=PRECISION)
+                rest = (delta - delta.to(OPERAND).to(tl.float32)).to(OPERAND)
+                tl.store(delta_rest + delta_offsets, rest)
+            tl.store(deltas + delta_offsets, delta.to(OPERAND))
         if o is not None:
             query = tl.load(queries + block * (C * KP) + key_offsets)
             scores = tl.load(attention + block * (C * C) + square_offsets)
-            output = tl.dot(query, state_operand, input_precision=PRECISION)
-            output = tl.dot(scores, error, acc=output, input_precision=PRECISION)
-            output *= (q_norm * scale)[:, None]
+            output = tl.dot(query, state_operand, input_precision=PRECISION) * q_norm[:, None]
+            output = tl.dot(scores, error, acc=output, input_precision=PRECISION) * scale
             tl.store(o + v_offsets, output.to(o.dtype.element_ty), mask=mask)
         state = tl.dot(tl.trans(writes), error, acc=state * forget[:, None], input_precision=PRECISION)
         block += HV
@@ -124,11 +136,14 @@ def scan_backward_kernel(
     decay,
     scales,
     attention,
+    deltas,
+    delta_rest,
     do,
     final_state_grad,
     initial_state_grad,
     state_grads,
     error_grads,
+    beta_parts,
     chunk_starts,
     cu_seqlens,
     T,
@@ -145,10 +160,11 @@ def scan_backward_kernel(
 ):
     """`scan_forward_kernel` transposed. Per chunk, last first, with dS the gradient of the state at its end:
 
-    derror = attention^T (scale rq do) + write_keys dS;
+    derror = scale attention^T do + write_keys dS;
     dS <- decay dS + queries^T (scale rq do) - read_keys^T (beta rk derror).
 
-    Writes dS to `state_grads` [chunks, HV, KP, VP] and derror to `error_grads` [chunks, HV, 64, VP].
+    Writes dS to `state_grads` [chunks, HV, KP, VP], derror to `error_grads` [chunks, HV, 64, VP] and
+    derror . delta, before either is rounded, to `beta_parts` [chunks, HV, slices, 64].
     """
     C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV
@@ -181,12 +197,15 @@ def scan_backward_kernel(
         v_offsets = v_base + n[:, None] * (HV * V) + vv[None, :]
         mask = (n < length - (chunks - 1 - step) * C)[:, None] & v_mask[None, :]
         q_norm, k_norm, gain = load_row_scales(scales, block, n, C)
-        output_grad = tl.load(do + v_offsets, mask=mask, other=0.0).to(tl.float32)
-        output_grad = (output_grad * (q_norm * scale)[:, None]).to(OPERAND)
+        delta_offsets = block * (C * VP) + n[:, None] * VP + vv[None, :]
+        delta = tl.load(deltas + delta_offsets).to(tl.float32)
+        if delta_rest is not None:
+            delta += tl.load(delta_rest + delta_offsets).to(tl.float32)
+        output_grad = tl.load(do + v_offsets, mask=mask, other=0.0)
 
         grad_operand = grad.to(OPERAND)
         tl.store(state_grads + block * (KP * VP) + kk[:, None] * VP + vv[None, :], grad_operand)
-        error_grad = tl.dot(tl.trans(scores), output_grad, input_precision=PRECISION)
+        error_grad = tl.dot(tl.trans(scores), output_grad.to(OPERAND), input_precision=PRECISION) * scale
         error_grad = tl.dot(writes, grad_operand, acc=error_grad, input_precision=PRECISION)
         if tl.float32 != OPERAND:
             # write_keys are differences of keys. Where keys are nearly equal, their products with dS are far
@@ -195,10 +214,18 @@ def scan_backward_kernel(
             error_grad = tl.dot(writes, rest, acc=error_grad, input_precision=PRECISION)
             writes = tl.load(write_rest + block * (C * KP) + key_offsets)
             error_grad = tl.dot(writes, grad_operand, acc=error_grad, input_precision=PRECISION)
-        tl.store(error_grads + block * (C * VP) + n[:, None] * VP + vv[None, :], error_grad.to(OPERAND))
+        tl.store(error_grads + delta_offsets, error_grad.to(OPERAND))
+        part = (block * tl.num_programs(0) + tl.program_id(0)) * C
+        tl.store(beta_parts + part + n, tl.sum(error_grad * delta, axis=1))
+        output_grad = (output_grad.to(tl.float32) * (q_norm * scale)[:, None]).to(OPERAND)
         grad = tl.dot(tl.trans(query), output_grad, acc=grad * forget[:, None], input_precision=PRECISION)
         recall_grad = error_grad * (-gain * k_norm)[:, None]
-        grad = tl.dot(tl.trans(keys), recall_grad.to(OPERAND), acc=grad, input_precision=PRECISION)
+        recall_operand = recall_grad.to(OPERAND)
+        grad = tl.dot(tl.trans(keys), recall_operand, acc=grad, input_precision=PRECISION)
+        if tl.float32 != OPERAND:
+            # What a nearly equal key takes back of dS is all but a small rest of it.
+            rest = (recall_grad - recall_operand.to(tl.float32)).to(OPERAND)
+            grad = tl.dot(tl.trans(keys), rest, acc=grad, input_precision=PRECISION)
         block -= HV
         v_base -= C * HV * V
 
