@@ -1,27 +1,30 @@
 """Times Kimi Delta Attention on a GPU, beside flash-linear-attention, if installed, and full attention.
 
-    python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers]
+    python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers] [--candidates]
 
 Medians of repeated calls by device events, normal inputs, bfloat16, K = V = 128, the unbounded gate.
-The file is written again after every case, so a run cut short leaves what it measured. It begins with the
-first training step of the process, compilation included, and ends with the length from which the kernels
-are ahead of full attention.
+The file is written again after every case, so a run cut short leaves what it measured; a case that fails
+says so in it, and the next one follows. It begins with the first training step of the process, compilation
+included, goes on with the cases that have targets, and ends with the decode step and the length from which
+the kernels are ahead of full attention. --candidates times instead what `chunk.Choice` offers, each against
+the default, and nothing else.
 """
 
 import argparse
-import importlib
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import kda_decode
-from benchmarks.timing import Results, bytes_per_ms, graph_ms, median_ms, released_gate
-from kimi_linear.ops.triton import chunk_kda
+from benchmarks import kda_decode, peers, timing
+from kimi_linear.ops import chunk_kda
+from kimi_linear.ops.triton import chunk
 
 HEAD_DIM = 128
 
@@ -29,14 +32,14 @@ HEAD_DIM = 128
 def layer_inputs(tokens: int, heads: int, batch: int = 1) -> dict[str, torch.Tensor]:
     """Inputs as a layer's projections give them; A_log and dt_bias as the released model starts them."""
     shape = (batch, tokens, heads, HEAD_DIM)
-    inputs = {name: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for name in "qkvg"}
-    inputs["beta"] = torch.randn(shape[:3], device="cuda", dtype=torch.bfloat16)
-    inputs["A_log"], inputs["dt_bias"] = released_gate(heads, HEAD_DIM)
+    inputs = {name: torch.randn(shape, device=timing.DEVICE, dtype=torch.bfloat16) for name in "qkvg"}
+    inputs["beta"] = torch.randn(shape[:3], device=timing.DEVICE, dtype=torch.bfloat16)
+    inputs["A_log"], inputs["dt_bias"] = timing.released_gate(heads, HEAD_DIM)
     return inputs
 
 
 def run_forward(
-    kernel: Callable, inputs: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None
+    kernel: Callable, inputs: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None = None
 ) -> torch.Tensor:
     return kernel(
         **inputs,
@@ -47,14 +50,13 @@ def run_forward(
     )[0]
 
 
-def time_kernel(
-    kernel: Callable, inputs: dict[str, torch.Tensor], backward: bool, cu_seqlens: torch.Tensor | None
-) -> tuple[float, int]:
-    """Median milliseconds and peak bytes above the inputs."""
-    if backward:
-        leaves = [x.detach().requires_grad_() for x in inputs.values()]
-        inputs = dict(zip(inputs, leaves, strict=True))
-        output_grad = torch.randn_like(inputs["v"])
+def one_call(
+    kernel: Callable, inputs: dict[str, torch.Tensor], backward: bool, cu_seqlens: torch.Tensor | None = None
+) -> Callable[[], None]:
+    """A forward pass, or a forward and backward pass, to be called again and again."""
+    leaves = [x.detach().requires_grad_(backward) for x in inputs.values()]
+    inputs = dict(zip(inputs, leaves, strict=True))
+    output_grad = torch.randn_like(inputs["v"])
 
     def call() -> None:
         with torch.set_grad_enabled(backward):
@@ -62,43 +64,46 @@ def time_kernel(
             if backward:
                 torch.autograd.grad(o, leaves, output_grad)
 
+    return call
+
+
+def train(kernel: Callable, tokens: int) -> None:
+    """One forward and backward pass with 32 heads."""
+    one_call(kernel, layer_inputs(tokens, 32), backward=True)()
+
+
+def time_kernel(call: Callable[[], None]) -> tuple[float, int]:
+    """Median milliseconds and peak bytes above the inputs."""
     call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    return median_ms(call), peak
+    return timing.median_ms(call), timing.peak_bytes(call)
 
 
 def time_attention(tokens: int, heads: int, backward: bool) -> float:
     """Full causal attention by cuDNN with the MLA layer's sizes: 192 for q and k, 128 for v."""
-    q, k = (torch.randn(1, heads, tokens, 192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    v = torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    options = {"device": timing.DEVICE, "dtype": torch.bfloat16}
+    q, k = (torch.randn(1, heads, tokens, 192, **options) for _ in range(2))
+    v = torch.randn(1, heads, tokens, 128, **options)
     leaves = [x.requires_grad_(backward) for x in (q, k, v)]
     output_grad = torch.randn_like(v)
 
     def call() -> None:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        with torch.nn.attention.sdpa_kernel(timing.FULL_ATTENTION):
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         if backward:
             torch.autograd.grad(o, leaves, output_grad)
 
-    return median_ms(call)
+    return timing.median_ms(call)
 
 
 def first_call_seconds() -> float:
     """Seconds of one forward and backward with nothing compiled yet."""
-    inputs = layer_inputs(1024, 32)
-    leaves = [x.requires_grad_() for x in inputs.values()]
-    torch.cuda.synchronize()
+    call = one_call(chunk_kda, layer_inputs(1024, 32), backward=True)
+    timing.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         start = time.perf_counter()
-        o = run_forward(chunk_kda, inputs, None)
-        torch.autograd.grad(o, leaves, torch.randn_like(o))
-        torch.cuda.synchronize()
+        call()
+        timing.synchronize()
         seconds = time.perf_counter() - start
     del os.environ["TRITON_CACHE_DIR"]
     return seconds
@@ -109,7 +114,7 @@ def doubling(tokens: int) -> torch.Tensor:
     ends = [0]
     while ends[-1] < tokens:
         ends.append(min(tokens, 2 * ends[-1] + 1))
-    return torch.tensor(ends, device="cuda")
+    return torch.tensor(ends, device=timing.DEVICE)
 
 
 def short(tokens: int) -> torch.Tensor:
@@ -117,13 +122,13 @@ def short(tokens: int) -> torch.Tensor:
     ends = [0]
     while ends[-1] < tokens:
         ends.append(min(tokens, ends[-1] + 1 + 37 * len(ends) % 200))
-    return torch.tensor(ends, device="cuda")
+    return torch.tensor(ends, device=timing.DEVICE)
 
 
 PACKINGS = {"uniform": None, "ragged, doubling lengths": doubling, "ragged, 1 to 200 tokens": short}
-# Packing, batch, tokens, heads.
+# Packing, batch, tokens, heads; those with targets of their own first.
 SHAPES = (
-    *(("uniform", 1, tokens, 32) for tokens in (512, 1024, 2048, 4096, 8192, 32768, 131072)),
+    *(("uniform", 1, tokens, 32) for tokens in (8192, 1024, 4096, 32768, 512, 2048, 131072)),
     *(("uniform", 1, 8192, heads) for heads in (16, 96)),
     ("uniform", 8, 2048, 32),
     *((packing, 1, 8192, 32) for packing in PACKINGS if packing != "uniform"),
@@ -135,70 +140,121 @@ def crossover(ours: dict[int, float], attention: dict[int, float]) -> int | None
     """The shortest measured length from which the kernels are ahead at every longer one, or None."""
     ahead = None
     for tokens in sorted(attention, reverse=True):
-        if ours[tokens] > attention[tokens]:
+        if tokens not in ours or ours[tokens] > attention[tokens]:
             break
         ahead = tokens
     return ahead
 
 
-def measure(results: Results, peer: Callable | None, attention: bool) -> None:
-    results.add(
-        case="first forward + backward of a process", B=1, T=1024, H=32, first_call_s=first_call_seconds()
-    )
-    bandwidth = bytes_per_ms()
-    kda_decode.measure(results, bandwidth)
-    inputs = layer_inputs(1024, 32)
-    with torch.no_grad():
-        ours = graph_ms([lambda: run_forward(chunk_kda, inputs, None)] * 10)
-        theirs = graph_ms([lambda: run_forward(peer, inputs, None)] * 10) if peer else None
-    floor = 5 * inputs["q"].nbytes / bandwidth
-    results.add(
-        case="forward, uniform, in a CUDA graph",
-        B=1,
-        T=1024,
-        H=32,
-        D=HEAD_DIM,
-        gate="unbounded",
-        ours_ms=ours,
-        fla_ms=theirs,
-        flashkda_ms=None,
-        floor_ms=floor,
-        times_floor=ours / floor,
-        peak_bytes=None,
-    )
-    for backward in (False, True):
+class Measurement:
+    """One run of the benchmark: cases go to `results` as they are measured."""
+
+    def __init__(self, results: timing.Results, peer: Callable | None, attention: bool) -> None:
+        self.results, self.peer, self.attention = results, peer, attention
+        self.bandwidth = timing.bytes_per_ms()
+        # Milliseconds by length, 32 heads, of one sequence: ours and full attention's.
+        self.lengths: dict[str, tuple[dict[int, float], dict[int, float]]] = {}
+
+    def attempt(self, case: dict[str, object], name: str, measure: Callable[[], object]) -> object:
+        """What `measure` gives, or None and the reason beside `name` in the case."""
+        try:
+            return measure()
+        except Exception as error:
+            case[f"{name}_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+
+    def shape(self, backward: bool, packing: str, batch: int, tokens: int, heads: int) -> None:
         name = "forward + backward" if backward else "forward"
-        lengths: tuple[dict[int, float], dict[int, float]] = ({}, {})
-        for packing, batch, tokens, heads in SHAPES:
-            inputs = layer_inputs(tokens, heads, batch)
-            boundaries = PACKINGS[packing]
-            cu_seqlens = None if boundaries is None else boundaries(tokens)
-            ours, peak = time_kernel(chunk_kda, inputs, backward, cu_seqlens)
-            theirs = None if peer is None else time_kernel(peer, inputs, backward, cu_seqlens)[0]
-            full = None
-            if attention and packing == "uniform" and batch == 1 and tokens <= LONGEST_ATTENTION:
-                full = time_attention(tokens, heads, backward)
-                if heads == 32:
-                    lengths[0][tokens], lengths[1][tokens] = ours, full
-            # q, k, v, g and o once; backwards again, with the output's gradient and four results.
-            floor = (14 if backward else 5) * inputs["q"].nbytes / bandwidth
-            results.add(
-                case=f"{name}, {packing}",
-                B=batch,
-                T=tokens,
-                H=heads,
-                D=HEAD_DIM,
-                gate="unbounded",
-                ours_ms=ours,
-                fla_ms=theirs,
-                flashkda_ms=None,
-                attention_ms=full,
-                floor_ms=floor,
-                times_floor=ours / floor,
-                peak_bytes=peak,
+        inputs = layer_inputs(tokens, heads, batch)
+        boundaries = PACKINGS[packing]
+        cu_seqlens = None if boundaries is None else boundaries(tokens)
+        # q, k, v, g and o once; backwards again, with the output's gradient and four results.
+        floor = (14 if backward else 5) * inputs["q"].nbytes / self.bandwidth
+        case: dict[str, object] = {
+            "case": f"{name}, {packing}", "B": batch, "T": tokens, "H": heads, "D": HEAD_DIM,
+            "gate": "unbounded", "ours_ms": None, "fla_ms": None, "flashkda_ms": None, "attention_ms": None,
+            "floor_ms": floor, "times_floor": None, "peak_bytes": None, "fla_peak_bytes": None,
+        }  # fmt: skip
+        kernels = {"ours": chunk_kda, **({"fla": self.peer} if self.peer else {})}
+        for who, kernel in kernels.items():
+            call = one_call(kernel, inputs, backward, cu_seqlens)
+            timed = self.attempt(case, who, lambda call=call: time_kernel(call))
+            if timed is not None:
+                case[f"{who}_ms"], case["peak_bytes" if who == "ours" else "fla_peak_bytes"] = timed
+        if case["ours_ms"] is not None:
+            case["times_floor"] = case["ours_ms"] / floor
+        if self.attention and packing == "uniform" and batch == 1 and tokens <= LONGEST_ATTENTION:
+            full = self.attempt(case, "attention", lambda: time_attention(tokens, heads, backward))
+            case["attention_ms"] = full
+            if heads == 32 and case["ours_ms"] is not None and full is not None:
+                ours, attention = self.lengths.setdefault(name, ({}, {}))
+                ours[tokens], attention[tokens] = case["ours_ms"], full
+        self.results.add(**case)
+
+    def graph(self, tokens: int) -> None:
+        inputs = layer_inputs(tokens, 32)
+        floor = 5 * inputs["q"].nbytes / self.bandwidth
+        case: dict[str, object] = {
+            "case": "forward, uniform, in a CUDA graph", "B": 1, "T": tokens, "H": 32, "D": HEAD_DIM,
+            "gate": "unbounded", "floor_ms": floor,
+        }  # fmt: skip
+        kernels = {"ours": chunk_kda, **({"fla": self.peer} if self.peer else {})}
+        for who, kernel in kernels.items():
+            calls = [one_call(kernel, inputs, backward=False)] * 10
+            case[f"{who}_ms"] = self.attempt(case, who, lambda calls=calls: timing.graph_ms(calls))
+        if case["ours_ms"] is not None:
+            case["times_floor"] = case["ours_ms"] / floor
+        self.results.add(**case)
+
+    def everything(self) -> None:
+        for index, shape in enumerate(SHAPES):
+            for backward in (False, True):
+                self.shape(backward, *shape)
+            if index == 0:
+                self.graph(1024)
+        for name, lengths in self.lengths.items():
+            self.results.add(case=f"{name}, ahead of full attention from", T=crossover(*lengths), H=32)
+        self.compare()
+        kda_decode.measure(self.results, self.bandwidth)
+
+    def compare(self) -> None:
+        """How many times faster than the peer, over all cases that both ran."""
+        both = [case for case in self.results.cases if case.get("ours_ms") and case.get("fla_ms")]
+        ratios = [case["fla_ms"] / case["ours_ms"] for case in both]
+        if ratios:
+            self.results.add(
+                case="times faster than flash-linear-attention",
+                cases=len(ratios),
+                geometric_mean=geometric_mean(ratios),
+                least=min(ratios),
             )
-        if attention:
-            results.add(case=f"{name}, ahead of full attention from", T=crossover(*lengths), H=32)
+
+
+def measure(results: timing.Results, with_peers: bool) -> None:
+    first = first_call_seconds()
+    results.add(case="first forward + backward of a process", B=1, T=1024, H=32, first_call_s=first)
+    peer = None
+    if with_peers:
+        peer, facts = peers.tuned(train)
+        results.add(case="flash-linear-attention", **facts)
+    Measurement(results, peer, with_peers).everything()
+
+
+def measure_candidates(results: timing.Results) -> None:
+    """The default and each of its alternatives, one switch at a time, then all together."""
+    names = [field.name for field in fields(chunk.Choice)]
+    default = chunk.CHOICE
+    others = [replace(default, **{name: not getattr(default, name)}) for name in names]
+    every = chunk.Choice(**dict.fromkeys(names, True))
+    for choice in dict.fromkeys((default, *others, every)):
+        chunk.CHOICE = choice
+        measurement = Measurement(results, None, attention=False)
+        results.add(case=f"the next cases: {choice}")
+        for tokens in (1024, 8192):
+            for backward in (False, True):
+                measurement.shape(backward, "uniform", 1, tokens, 32)
+        measurement.graph(1024)
+    chunk.CHOICE = default
 
 
 def main() -> None:
@@ -207,16 +263,15 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kda_h100.json"))
     parser.add_argument("--without-peers", action="store_true")
+    parser.add_argument("--candidates", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.kda needs a CUDA device, found none\n")
-    peer = None
-    if not arguments.without_peers:
-        try:
-            peer = importlib.import_module("fla.ops.kda").chunk_kda
-        except ImportError:
-            print("flash-linear-attention is not installed: timing without it")
-    measure(Results(arguments.output), peer, not arguments.without_peers)
+    results = timing.Results(arguments.output)
+    if arguments.candidates:
+        measure_candidates(results)
+    else:
+        measure(results, not arguments.without_peers)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import Results, bytes_per_ms, graph_ms, median_ms, released_gate
-from kimi_linear.ops import gated_rms_norm, short_convolution
+from benchmarks import timing
+from benchmarks.timing import Results
+from kimi_linear.ops import gated_rms_norm, kda_decode_step, short_convolution
 from kimi_linear.ops.conv import ShortConvolution
-from kimi_linear.ops.triton import kda_decode_step
 
 HEADS, DIM, WIDTH = 32, 128, 4
 CHANNELS = 3 * HEADS * DIM
@@ -27,20 +27,20 @@ SLOTS = 128
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
+    return torch.randn(shape, device=timing.DEVICE, dtype=dtype)
 
 
 def time_step(sequences: int, dtype: torch.dtype) -> tuple[float, int]:
     """Milliseconds of one step, and the bytes it must move."""
     slots = max(sequences, SLOTS)
-    state = torch.randn(slots, HEADS, DIM, DIM, device="cuda").mul_(0.1).to(dtype)
-    a_log, dt_bias = released_gate(HEADS, DIM)
+    state = torch.randn(slots, HEADS, DIM, DIM, device=timing.DEVICE).mul_(0.1).to(dtype)
+    a_log, dt_bias = timing.released_gate(HEADS, DIM)
     qkv, weight, window = (
         normal(sequences, CHANNELS), normal(CHANNELS, WIDTH), normal(slots, WIDTH - 1, CHANNELS),
     )  # fmt: skip
     g, beta = normal(sequences, HEADS, DIM), normal(sequences, HEADS)
     gate, norm = normal(sequences, HEADS, DIM), normal(DIM)
-    rows = torch.randperm(slots, device="cuda").int().split(sequences)
+    rows = torch.randperm(slots, device=timing.DEVICE).int().split(sequences)
 
     def step(chosen: torch.Tensor) -> Callable[[], object]:
         return lambda: kda_decode_step(
@@ -50,7 +50,7 @@ def time_step(sequences: int, dtype: torch.dtype) -> tuple[float, int]:
     calls = [step(rows[i % len(rows)]) for i in range(24) if len(rows[i % len(rows)]) == sequences]
     touched = sum(x.nbytes for x in (qkv, weight, g, beta, gate)) + gate.nbytes
     moved = touched + 2 * sequences * (state[0].nbytes + window[0].nbytes)
-    return graph_ms(calls), moved
+    return timing.graph_ms(calls), moved
 
 
 def time_steps(results: Results, bandwidth: float) -> None:
@@ -71,7 +71,7 @@ def time_steps(results: Results, bandwidth: float) -> None:
 
 def time_layer_kernels(results: Results, bandwidth: float, tokens: int = 8192) -> None:
     """The short convolution of one projection and the gated norm, forward and backward, against PyTorch."""
-    cu_seqlens = torch.tensor([0, 100, tokens // 2, tokens], device="cuda")
+    cu_seqlens = torch.tensor([0, 100, tokens // 2, tokens], device=timing.DEVICE)
     x, weight = normal(tokens, HEADS * DIM), normal(HEADS * DIM, WIDTH)
     o, gate, norm = normal(tokens, HEADS, DIM), normal(tokens, HEADS, DIM), normal(DIM)
 
@@ -87,9 +87,11 @@ def time_layer_kernels(results: Results, bandwidth: float, tokens: int = 8192) -
         forward, backward = [], []
         for form in (ours, pytorch):
             y, grad = form(*leaves), torch.randn_like(leaves[0])
-            backward.append(median_ms(partial(torch.autograd.grad, y, leaves, grad, retain_graph=True)))
+            backward.append(
+                timing.median_ms(partial(torch.autograd.grad, y, leaves, grad, retain_graph=True))
+            )
             with torch.no_grad():
-                forward.append(median_ms(partial(form, *leaves)))
+                forward.append(timing.median_ms(partial(form, *leaves)))
         about = {"T": tokens, "H": HEADS, "D": DIM}
         for way, times, floor in (("forward", forward, passes), ("backward", backward, 2 * passes - 1)):
             results.add(
@@ -126,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.kda_decode needs a CUDA device, found none\n")
-    measure(Results(arguments.output), bytes_per_ms())
+    measure(Results(arguments.output), timing.bytes_per_ms())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import released_gate
+from benchmarks import timing
 from kimi_linear.ops import convolution_step, kda_decode_step, kda_gate, l2_normalize
 from kimi_linear.ops.reference import recurrent_step
 
@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kda_state_error.json"))
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a_log, dt_bias = released_gate(HEADS, DIM, device)
+    timing.DEVICE = device
+    a_log, dt_bias = timing.released_gate(HEADS, DIM)
     gates = {
         "as released": (a_log, dt_bias, 1.0),
         "about 1,000 tokens": (torch.zeros_like(a_log), torch.full_like(dt_bias, -7.0), 0.1),

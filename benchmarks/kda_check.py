@@ -1,0 +1,257 @@
+"""Checks the chunk kernels on a GPU against the float64 recurrence; launches every kernel for a sanitizer.
+
+    python -m benchmarks.kda_check [--output benchmarks/results/kda_errors_h100.json]
+    compute-sanitizer --tool memcheck python -m benchmarks.kda_check --launch-only
+
+Fresh random inputs, seeds in the results. Relative RMS errors of the output, the final state and every
+gradient; the exit status is 1 if one is above its tolerance. --candidates checks what `chunk.Choice` offers
+too.
+"""
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import fields, replace
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import timing
+from kimi_linear.ops import chunk_kda, gated_rms_norm, kda_decode_step, short_convolution
+from kimi_linear.ops.arguments import activate
+from kimi_linear.ops.reference import recurrent_kda
+from kimi_linear.ops.triton import chunk
+
+# Of results and of gradients.
+TOLERANCES = {torch.bfloat16: (0.004, 0.006), torch.float16: (0.004, 0.006), torch.float32: (1e-5, 1e-5)}
+NAMES = ("q", "k", "v", "g", "beta")
+PROCESSES = 10
+
+
+class Case:
+    """Inputs of one call, drawn anew."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.bfloat16,
+        gate: str = "unbounded",
+        bounds: list[int] | None = None,
+        change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    ) -> None:
+        """Args:
+        shape: B, T, H, HV, K, V.
+        gate: "unbounded", "bounded", or "none" for a decay that is given.
+        bounds: of packed sequences.
+        change: makes the inputs special, in place, before they are rounded to `dtype`.
+        """
+        self.dtype, self.gate, self.bounds = dtype, gate, bounds
+        batch, tokens, heads, value_heads, key_dim, value_dim = shape
+        x = {name: normal(batch, tokens, heads, key_dim) for name in "qk"}
+        x["v"] = normal(batch, tokens, value_heads, value_dim)
+        x["g"] = normal(batch, tokens, value_heads, key_dim)
+        x["beta"] = normal(batch, tokens, value_heads)
+        if gate == "none":
+            x["g"] = -0.3 * F.softplus(x["g"])
+        if change is not None:
+            change(x)
+        self.inputs = {name: tensor.to(dtype) for name, tensor in x.items()}
+        if gate != "none":
+            self.inputs["A_log"] = normal(value_heads).uniform_(1, 16).log()
+            self.inputs["dt_bias"] = normal(value_heads * key_dim) - 3
+        sequences = batch if bounds is None else len(bounds) - 1
+        self.inputs["initial_state"] = normal(sequences, value_heads, key_dim, value_dim)
+        self.lower_bound = -5.0 if gate == "bounded" else None
+
+    def ours(self) -> tuple[torch.Tensor, torch.Tensor]:
+        bounds = None if self.bounds is None else torch.tensor(self.bounds, device=timing.DEVICE)
+        return chunk_kda(
+            **self.inputs,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=self.gate != "none",
+            use_beta_sigmoid_in_kernel=True,
+            lower_bound=self.lower_bound,
+            cu_seqlens=bounds,
+        )
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The float64 recurrence on the same rounded inputs."""
+        x = {name: tensor.double() for name, tensor in self.inputs.items()}
+        gates = (x.get("A_log"), x.get("dt_bias"), self.lower_bound)
+        activated = activate(*(x[name] for name in NAMES), True, self.gate != "none", True, *gates)
+        scale = x["q"].shape[-1] ** -0.5
+        if self.bounds is None:
+            return recurrent_kda(*activated, scale, x["initial_state"])
+        parts = [
+            recurrent_kda(*(t[:, a:b] for t in activated), scale, x["initial_state"][n : n + 1])
+            for n, (a, b) in enumerate(pairwise(self.bounds))
+        ]
+        return torch.cat([o for o, _ in parts], 1), torch.cat([state for _, state in parts])
+
+    def errors(self) -> dict[str, float]:
+        leaves = [x.requires_grad_() for x in self.inputs.values()]
+        o, state = self.ours()
+        expected = self.exact()
+        output_grads = torch.randn_like(o), torch.randn_like(state)
+        grads = torch.autograd.grad((o, state), leaves, output_grads)
+        wanted = torch.autograd.grad(expected, leaves, [grad.double() for grad in output_grads])
+        found = zip(("o", "state", *self.inputs), (o, state, *grads), (*expected, *wanted), strict=True)
+        return {
+            name: float((x.double() - y).norm() / y.norm().clamp(min=1e-12))
+            for name, x, y in found
+            if y.any()
+        }
+
+    def too_large(self, errors: dict[str, float]) -> list[str]:
+        """Names of what is out of tolerance; NaN is."""
+        result, gradient = TOLERANCES[self.dtype]
+        limits = {name: result if name in ("o", "state") else gradient for name in errors}
+        return [name for name, error in errors.items() if not error <= limits[name]]
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=timing.DEVICE)
+
+
+def near_collinear(x: dict[str, torch.Tensor]) -> None:
+    """Keys 2% from one another, a memory that hardly fades, beta near 1."""
+    x["k"] = x["k"][:1, :1] + 0.02 * x["k"]
+    x["g"] *= 0.01
+    x["beta"] += 6
+
+
+def extreme_gates(x: dict[str, torch.Tensor]) -> None:
+    """Gates of 0, -20 and -1000 among others."""
+    choice = x["g"].new_tensor([0.0, -20.0, -1000.0])[torch.randint(0, 3, x["g"].shape, device=x["g"].device)]
+    x["g"] = torch.where(torch.rand_like(x["g"]) < 0.25, choice, x["g"])
+
+
+def zero_keys(x: dict[str, torch.Tensor]) -> None:
+    x["k"].zero_()
+
+
+def tiny_bounds(sequences: int, tokens: int) -> list[int]:
+    """Boundaries of random sequences, empty ones among them."""
+    inner = torch.randint(0, tokens + 1, (sequences - 1,)).sort().values.tolist()
+    return [0, *inner, tokens]
+
+
+COLLINEAR = {"gate": "none", "change": near_collinear}
+# Name, then what `Case` takes.
+CASES: tuple[tuple[str, tuple[int, ...], dict[str, object]], ...] = (
+    ("released gate", (2, 1000, 4, 4, 128, 128), {}),
+    *(("near-collinear keys, beta near 1", (1, 192, 2, 2, 128, 128), COLLINEAR) for _ in range(3)),
+    ("near-collinear keys, many heads", (1, 1024, 16, 16, 128, 128), COLLINEAR),
+    ("extreme gates", (1, 192, 2, 2, 128, 128), {"gate": "none", "change": extreme_gates}),
+    ("keys of zero", (1, 192, 2, 2, 128, 128), {"gate": "none", "change": zero_keys}),
+    *((f"T = {tokens}", (1, tokens, 4, 4, 128, 128), {}) for tokens in (1, 15, 63, 64, 65)),
+    ("bounded gate", (1, 300, 4, 4, 128, 128), {"gate": "bounded"}),
+    ("packed, grouped values", (1, 300, 2, 4, 128, 128), {"bounds": [0, 1, 1, 64, 129, 300]}),
+    ("1000 tiny sequences", (1, 2500, 2, 2, 128, 128), {"bounds": tiny_bounds(1000, 2500)}),
+    ("K = V = 64", (1, 200, 4, 4, 64, 64), {}),
+    ("K = V = 256", (1, 200, 2, 2, 256, 256), {}),
+    ("K = 80, V = 48", (1, 130, 2, 2, 80, 48), {"dtype": torch.float32}),
+    ("K = V = 128", (1, 130, 2, 2, 128, 128), {"dtype": torch.float32}),
+    ("K = 64, V = 100", (1, 130, 2, 2, 64, 100), {"dtype": torch.float16}),
+)
+
+
+def run_case(index: int, choice: chunk.Choice) -> dict[str, object]:
+    """Errors of one of CASES, and which of them are out of tolerance."""
+    chunk.CHOICE = choice
+    seed = torch.seed()
+    name, shape, options = CASES[index]
+    case = Case(shape, **options)
+    errors = case.errors()
+    return {
+        "case": name, "choice": str(choice), "shape": shape, "dtype": str(case.dtype).removeprefix("torch."),
+        "seed": seed, "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
+        "out_of_tolerance": case.too_large(errors),
+    }  # fmt: skip
+
+
+def causal_and_deterministic(choice: chunk.Choice) -> dict[str, object]:
+    """Whether changing the future changes no bit before it, and whether two calls give equal bits."""
+    chunk.CHOICE = choice
+    case = Case((1, 200, 2, 2, 128, 128))
+    with torch.no_grad():
+        before, again = case.ours()[0], case.ours()[0]
+        for name in NAMES:
+            case.inputs[name][:, 101:] = 30 * torch.randn_like(case.inputs[name][:, 101:])
+        after = case.ours()[0]
+    causal = torch.equal(before[:, :101], after[:, :101]) and not torch.equal(before, after)
+    facts = {"causal": causal, "deterministic": torch.equal(before, again)}
+    wrong = [name for name, holds in facts.items() if not holds]
+    return {"case": "bits", "choice": str(choice), **facts, "out_of_tolerance": wrong}
+
+
+def launch_everything() -> None:
+    """Every kernel of a layer once, forwards and backwards, on small inputs."""
+    for bounds in (None, [0, 1, 1, 64, 130]):
+        case = Case((1, 130, 2, 2, 128, 128), bounds=bounds)
+        leaves = [x.requires_grad_() for x in case.inputs.values()]
+        o, state = case.ours()
+        torch.autograd.grad((o, state), leaves, (torch.randn_like(o), torch.randn_like(state)))
+        with torch.no_grad():
+            case.ours()
+    heads, dim, width, slots = 2, 128, 4, 8
+    channels = 3 * heads * dim
+    bf16 = {"device": timing.DEVICE, "dtype": torch.bfloat16}
+    kda_decode_step(
+        torch.randn(4, channels, **bf16), torch.randn(channels, width, **bf16),
+        torch.randn(slots, width - 1, channels, **bf16), torch.randn(4, heads, dim, **bf16),
+        torch.randn(4, heads, **bf16), normal(heads), normal(heads * dim), normal(slots, heads, dim, dim),
+        torch.tensor([3, -1, 0, 5], device=timing.DEVICE), torch.randn(4, heads, dim, **bf16),
+        torch.randn(dim, **bf16),
+    )  # fmt: skip
+    x, weight = torch.randn(130, heads * dim, **bf16), torch.randn(heads * dim, width, **bf16)
+    gate, norm = torch.randn(130, heads, dim, **bf16), torch.randn(dim, **bf16)
+    leaves = [t.requires_grad_() for t in (x, weight, gate, norm)]
+    y = short_convolution(x, weight, torch.tensor([0, 1, 70, 130], device=timing.DEVICE))
+    y = gated_rms_norm(y.view(130, heads, dim), gate, norm, 1e-5)
+    torch.autograd.grad(y, leaves, torch.randn_like(y))
+    timing.synchronize()
+
+
+def check(results: timing.Results, choices: list[chunk.Choice], executor: Executor) -> bool:
+    """Whether everything is within tolerance."""
+    jobs = [executor.submit(causal_and_deterministic, choice) for choice in choices]
+    jobs += [executor.submit(run_case, index, choice) for choice in choices for index in range(len(CASES))]
+    right = True
+    for job in jobs:
+        facts = job.result()
+        results.add(**facts)
+        right &= not facts["out_of_tolerance"]
+    return right
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kda_errors_h100.json"))
+    parser.add_argument("--launch-only", action="store_true")
+    parser.add_argument("--candidates", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "benchmarks.kda_check needs a CUDA device, found none\n")
+    choices = [chunk.CHOICE]
+    if arguments.candidates:
+        choices += [replace(chunk.CHOICE, **{field.name: True}) for field in fields(chunk.Choice)]
+    if arguments.launch_only:
+        for choice in choices:
+            chunk.CHOICE = choice
+            launch_everything()
+        return
+    # Side by side, because most of the time goes to compilation.
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as executor:
+        right = check(timing.Results(arguments.output), choices, executor)
+    parser.exit(0 if right else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The benchmarks of the kernels, run on the CPU with small shapes and a clock that always says 1 ms."""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.runtime.autotuner import Autotuner
+
+from benchmarks import kda, kda_check, kda_decode, peers, timing
+from kimi_linear.ops import chunk_kda
+from kimi_linear.ops.triton import chunk
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(call: Callable[[], object]) -> float:
+        call()
+        return 1.0
+
+    def peak(call: Callable[[], object]) -> int:
+        call()
+        return 7
+
+    for name, stand_in in {
+        "DEVICE": "cpu",
+        "FULL_ATTENTION": torch.nn.attention.SDPBackend.MATH,
+        "median_ms": once,
+        "graph_ms": lambda calls: once(calls[0]),
+        "bytes_per_ms": lambda: 1e6,
+        "peak_bytes": peak,
+        "synchronize": lambda: None,
+        "device_name": lambda: "CPU",
+    }.items():
+        monkeypatch.setattr(timing, name, stand_in)
+    monkeypatch.setattr(kda, "HEAD_DIM", 16)
+    shapes = (
+        ("uniform", 1, 64, 32),
+        ("uniform", 1, 32, 32),
+        *((packing, 1, 40, 2) for packing in kda.PACKINGS),
+    )
+    monkeypatch.setattr(kda, "SHAPES", shapes)
+    monkeypatch.setattr(kda, "train", lambda kernel, _: kda.one_call(kernel, kda.layer_inputs(8, 1), True)())
+    for name, value in {"HEADS": 2, "DIM": 16, "CHANNELS": 96, "SLOTS": 8}.items():
+        monkeypatch.setattr(kda_decode, name, value)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())
+
+
+def test_a_run_measures_every_case_beside_its_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "load", lambda _: chunk_kda)
+    monkeypatch.setattr(peers, "compile_side_by_side", lambda processes, _: processes)
+    kda.measure(timing.Results(tmp_path / "kda.json"), with_peers=True)
+    cases = read(tmp_path / "kda.json")
+    timed = [case for case in cases if case.get("fla_ms")]
+    assert len(timed) == 2 * len(kda.SHAPES) + 1
+    assert all(case["ours_ms"] == 1.0 and case["times_floor"] > 0 for case in timed)
+    assert {case["peak_bytes"] for case in timed if case["case"].startswith("forward + backward")} == {7}
+    assert [case["T"] for case in cases if "ahead of full attention" in case["case"]] == [32, 32]
+    assert any("first_call_s" in case for case in cases)
+    (compared,) = (case for case in cases if "geometric_mean" in case)
+    assert (compared["cases"], compared["geometric_mean"], compared["least"]) == (len(timed), 1.0, 1.0)
+    assert sum(case["case"].startswith("decode step") for case in cases) == 8
+    assert not [key for case in cases for key in case if key.endswith("_error")]
+
+
+def test_a_failing_peer_costs_its_own_times_alone(tmp_path: Path) -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("out of registers\nand of patience")
+
+    results = timing.Results(tmp_path / "kda.json")
+    kda.Measurement(results, broken, attention=False).shape(True, "uniform", 1, 32, 2)
+    (case,) = read(tmp_path / "kda.json")
+    assert case["ours_ms"] == 1.0
+    assert case["fla_ms"] is None
+    assert case["fla_error"] == "RuntimeError: out of registers"
+
+
+def test_without_its_package_the_peer_is_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: object) -> None:
+        raise ImportError("No module named 'fla'")
+
+    monkeypatch.setattr(peers, "load", absent)
+    peer, facts = peers.tuned(kda.train)
+    assert peer is None
+    assert "not installed" in str(facts["fla_error"])
+
+
+def test_candidates_are_measured_one_switch_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(kda.Measurement, "shape", lambda *_: seen.append(chunk.CHOICE))
+    monkeypatch.setattr(kda.Measurement, "graph", lambda *_: None)
+    default = chunk.CHOICE
+    kda.measure_candidates(timing.Results(tmp_path / "kda.json"))
+    assert default == chunk.CHOICE
+    assert seen[0] == default
+    changed = [sum(getattr(choice, n) != getattr(default, n) for n in vars(default)) for choice in set(seen)]
+    assert sorted(changed) == [0, *[1] * len(vars(default)), len(vars(default))]
+
+
+def test_the_crossover_is_the_length_from_which_all_are_ahead() -> None:
+    assert kda.crossover({1: 2.0, 2: 1.0, 4: 3.0, 8: 4.0}, {1: 1.0, 2: 2.0, 4: 3.0, 8: 9.0}) == 2
+    assert kda.crossover({1: 2.0}, {1: 1.0}) is None
+
+
+def new_tuner() -> Autotuner:
+    configs = [triton.Config({"B": 2**i}) for i in range(5)]
+    return triton.autotune(configs, key=["n"])(triton.jit(chunk_kda))
+
+
+def test_helpers_share_a_tuners_configurations_and_all_are_kept_by_one() -> None:
+    shares = []
+    for share in range(7):
+        with peers.autotuners(lambda tuner, share=share: peers.keep_share(tuner, share, 7)):
+            shares.append([config.kwargs["B"] for config in new_tuner().configs])
+    assert shares == [[1], [2], [4], [8], [16], [1], [1]]
+    assert len(new_tuner().configs) == 5
+
+
+def test_a_tuners_first_choice_serves_every_key() -> None:
+    with peers.autotuners(peers.keep_first_choice):
+        tuner = new_tuner()
+    assert "a" not in tuner.cache
+    tuner.cache["a"] = "first"
+    tuner.cache["b"] = "second"
+    assert "c" in tuner.cache
+    assert tuner.cache["c"] == "first"
+
+
+def test_helpers_that_take_too_long_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    monkeypatch.setattr(peers, "helper", lambda share, _: ["sleep", "600" if share else "0"])
+    assert peers.compile_side_by_side(2, limit_s=5) == 1
+    assert time.monotonic() - start < 300
+
+
+def test_a_time_limit_interrupts_and_leaves_no_alarm() -> None:
+    with pytest.raises(TimeoutError, match="longer than 0 s"), peers.time_limit(0.01):
+        time.sleep(600)
+    with peers.time_limit(600):
+        pass
+
+
+class Inline(Executor):
+    def submit(self, call: Callable, *arguments: object) -> Future:  # type: ignore[override]
+        future: Future = Future()
+        future.set_result(call(*arguments))
+        return future
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [
+        case for case in kda_check.CASES if case[0] in ("extreme gates", "packed, grouped values", "T = 15")
+    ]
+    small = [(name, (*shape[:4], 16, 16), options) for name, shape, options in chosen]
+    monkeypatch.setattr(kda_check, "CASES", small)
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_the_check_passes_a_right_kernel_and_says_what_it_found(tmp_path: Path) -> None:
+    results = timing.Results(tmp_path / "errors.json")
+    assert kda_check.check(results, [chunk.CHOICE], Inline())
+    cases = read(tmp_path / "errors.json")
+    assert len(cases) == 4
+    assert all("beta" in case["errors"] for case in cases[1:])
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_the_check_names_what_is_out_of_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        o, state = chunk_kda(**arguments)
+        return o, 1.01 * state
+
+    monkeypatch.setattr(kda_check, "chunk_kda", wrong)
+    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), [chunk.CHOICE], Inline())
+    assert "state" in read(tmp_path / "errors.json")[-1]["out_of_tolerance"]
+
+
+def test_a_sanitizers_run_launches_every_kernel_of_a_layer() -> None:
+    kda_check.launch_everything()
