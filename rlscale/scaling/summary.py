@@ -154,9 +154,14 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def ratio_table(ratios: Sequence[Ratio]) -> Table:
-    """Hybrid over MLA, a line for each hybrid, length and budget; intervals where seeds carry them."""
+    """Hybrid over MLA, a line for each hybrid, length and budget; intervals where seeds carry them.
+
+    A single hybrid is not named, so that the table fits a terminal of 80 columns.
+    """
+    several = len({ratio.architecture for ratio in ratios}) > 1
     table = Table(title="Hybrid / full MLA, same seeds", box=None, pad_edge=False, header_style="bold")
-    for heading in ("length", "budget", "hybrid", "seeds", "tokens/s", "cache", "final pass rate"):
+    named = ("hybrid",) if several else ()
+    for heading in ("length", "budget", *named, "seeds", "tokens/s", "cache", "final pass rate"):
         table.add_column(heading, justify="right", no_wrap=True)
     by_cell: dict[tuple[int, int, str], dict[str, Ratio]] = defaultdict(dict)
     for ratio in ratios:
@@ -168,7 +173,8 @@ def ratio_table(ratios: Sequence[Ratio]) -> Table:
             interval = "" if r is None or r.low is None else f" [{r.low:.2f}, {r.high:.2f}]"
             texts.append("–" if r is None else f"{r.ratio:.2f}{interval}")
         seeds = max(r.seeds for r in found.values())
-        table.add_row(str(length), str(budget), SHORT_NAMES[hybrid], str(seeds), *texts)
+        names = (SHORT_NAMES[hybrid],) if several else ()
+        table.add_row(str(length), str(budget), *names, str(seeds), *texts)
     return table
 
 

@@ -356,9 +356,10 @@ def test_a_ratio_over_nothing_is_left_out() -> None:
 
 def test_tables_show_gain_and_interval() -> None:
     rows = [row(a, s, 100.0 + s + 50 * (a == "mla"), 0.75, 64) for a in ("hybrid", "mla") for s in (0, 1)]
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary_table(rows), ratio_table(hybrid_to_mla(rows)))
     text = console.export_text()
+    assert "…" not in text
     assert "0.10 → 0.75" in text
     assert "+0.65" in text
     assert "0.67 [0.67, 0.67]" in text
