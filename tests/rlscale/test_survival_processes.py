@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,13 +42,13 @@ CONFIG = {
 PATIENCE = 300.0
 
 
-def wait_for(what: str, happened: Callable[[], Any]) -> Any:
+def wait_for(what: str, happened: Callable[[], Any], said: Callable[[], str] = str) -> Any:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if found := happened():
             return found
         time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within {PATIENCE:g} s")
+    pytest.fail(f"{what} did not happen within {PATIENCE:g} s\n{said()}")
 
 
 def marked_processes(mark: str) -> dict[int, str]:
@@ -87,6 +88,18 @@ class Command:
             text=True,
             start_new_session=True,
         )
+        self._lines: list[str] = []
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        self._lines.extend(self.process.stdout)
+
+    @property
+    def said(self) -> str:
+        """What it has printed so far."""
+        return "".join(self._lines)
 
     def processes(self) -> dict[int, str]:
         return marked_processes(self.mark)
@@ -106,21 +119,22 @@ class Command:
 
     def reaches(self, step: int) -> None:
         def there() -> bool:
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.said
             return self.steps() >= step
 
-        wait_for(f"step {step}", there)
+        wait_for(f"step {step}", there, lambda: self.said)
 
     def interrupt(self) -> None:
         os.killpg(self.process.pid, signal.SIGINT)  # as a terminal does it
 
     def ends(self) -> tuple[int, str]:
         """Exit code and output, once nothing of the run is left."""
-        said, _ = self.process.communicate(timeout=PATIENCE)
+        self.process.wait(timeout=PATIENCE)
         wait_for("the end of all processes", lambda: not self.processes())
+        self._listener.join(timeout=PATIENCE)
         left = set(os.listdir("/dev/shm")) - self.segments
         assert not [name for name in left if not _is_open(Path("/dev/shm") / name)]
-        return self.process.returncode, said
+        return self.process.returncode, self.said
 
     def close(self) -> None:
         for pid in self.processes():
@@ -185,9 +199,13 @@ def test_a_run_whose_learner_dies_that_is_killed_stopped_and_interrupted_ends_li
 
     third = start("broken", "--resume")
     third.reaches(stopped_at + 1)
+    engine = third.actor("RolloutWorker")
+    os.kill(engine, signal.SIGSTOP)  # hangs, so that the step does not end before the second signal
     third.interrupt()
-    time.sleep(0.01)  # two signals at once would be one
+    wait_for("the answer to Ctrl-C", lambda: "Ctrl-C again" in third.said)
     third.interrupt()
+    third.process.wait(timeout=PATIENCE)
+    os.kill(engine, signal.SIGCONT)
     code, said = third.ends()
     assert code != 0
     assert "Traceback" not in said
