@@ -113,7 +113,7 @@ def run(
             wait=wait,
         ):
             display.show(event)
-            stop.is_awaited = event.state in ("training", "restarting")
+            stop.follow(event.run, event.state)
     if event.state == "stopped":
         typer.echo(f"stopped at step {event.step}; --resume continues the run in {folder}")
     else:
@@ -158,7 +158,7 @@ def sweep(
             wait=wait,
         ):
             display.show(event)
-            stop.is_awaited = event.state in ("training", "restarting")
+            stop.follow(event.run, event.state)
     if stop.requested:
         typer.echo(f"stopped; --resume continues the sweep in {folder}")
         return

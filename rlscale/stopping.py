@@ -12,8 +12,8 @@ from typing import Any
 class StopRequest(AbstractContextManager["StopRequest"]):
     """Takes SIGINT over while its block lasts; for the main thread.
 
-    The first signal sets `requested`, for a loop to look at, if `is_awaited` says that one does; any other
-    raises KeyboardInterrupt as usual.
+    The first signal sets `requested` while a run trains, which looks at it after its step; any other raises
+    KeyboardInterrupt as usual.
 
     Args:
         on_request: called at the first signal, to tell the user what happens now.
@@ -21,9 +21,16 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 
     def __init__(self, on_request: Callable[[], None]) -> None:
         self.requested = False
-        self.is_awaited = False
+        self._training: set[str] = set()
         self._on_request = on_request
         self._before: Any = signal.SIG_DFL
+
+    def follow(self, run: str, state: str) -> None:
+        """Takes note of a run's event: of several side by side, one that trains is enough to wait for."""
+        if state in ("training", "restarting"):
+            self._training.add(run)
+        else:
+            self._training.discard(run)
 
     def __enter__(self) -> StopRequest:
         self._before = signal.signal(signal.SIGINT, self._interrupted)
@@ -35,7 +42,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         signal.signal(signal.SIGINT, self._before)
 
     def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
-        if self.requested or not self.is_awaited:
+        if self.requested or not self._training:
             raise KeyboardInterrupt
         self.requested = True
         self._on_request()

@@ -93,7 +93,9 @@ def _headline(subject: str, ratios: Sequence[Ratio], crossings: Sequence[Crossin
         ratio, crossing = _longest(ratios, quantity), _along(crossings, quantity)
         if ratio is None:
             continue
-        if _undecided(ratio):
+        if _equal(ratio):
+            parts.append(f"equals full MLA in {COMPARED[quantity][0]} at {ratio.required_length:,} tokens")
+        elif _undecided(ratio):
             parts.append(f"cannot be told from full MLA in {COMPARED[quantity][0]}")
         elif crossing is None:
             parts.append(f"{leads if _hybrid_leads(ratio) else lags} at {ratio.required_length:,} tokens")
@@ -110,8 +112,14 @@ def _undecided(ratio: Ratio) -> bool:
     """Whether the pairs of seeds leave open who is ahead. One or two say nothing of what training decides;
     what the machine decides may stand on one."""
     if ratio.low is None or ratio.high is None or ratio.seeds < 3:
-        return ratio.quantity == "pass_rate_end" or ratio.ratio == 1
+        return ratio.quantity == "pass_rate_end"
     return ratio.low <= 1 <= ratio.high
+
+
+def _equal(ratio: Ratio) -> bool:
+    """Whether the pairs of seeds are the same beyond chance, as caches can be."""
+    by_chance = ratio.quantity == "pass_rate_end" and ratio.seeds < 3
+    return ratio.ratio == 1 and ratio.low in (1, None) and ratio.high in (1, None) and not by_chance
 
 
 def _hybrid_leads(ratio: Ratio) -> bool:
@@ -136,6 +144,8 @@ def _about(hybrid: str, quantity: str, ratio: Ratio, crossing: Crossing | None) 
     else:
         text += f" [{ratio.low:.2f}, {ratio.high:.2f}] at {ratio.required_length:,} tokens"
         text += f" (95% interval over {ratio.seeds} paired seeds)"
+    if _equal(ratio):
+        return text + "; the two are equal there."
     if _undecided(ratio):
         return text + "; this leaves open who is ahead."
     if crossing is None:

@@ -296,6 +296,12 @@ def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave
         "The hybrid generates more slowly at 32 tokens, the longest measured; needs more cache at 32 tokens, "
         "the longest measured; cannot be told from full MLA in final held-out pass rate."
     )
+    for row in rows:
+        row["cache_bytes_per_sequence"] = 500
+    assert (
+        "; equals full MLA in cache per sequence at 32 tokens; "
+        in judge(find_runs([sweep]), hybrid_to_mla(rows), crossings(rows), []).headline
+    )
     assert verdict.findings[0].endswith("the hybrid is not ahead at the longest of 16 to 32 tokens.")
     assert verdict.findings[2].endswith("; this leaves open who is ahead.")
 

@@ -166,7 +166,8 @@ def test_one_interrupt_is_a_request_where_it_is_awaited_and_the_second_is_an_exc
     with StopRequest(lambda: told.append("told")) as stop:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        stop.is_awaited = True
+        stop.follow("trains", "training")
+        stop.follow("begins beside it", "warm start")
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         assert (stop.requested, told) == (True, ["told"])
