@@ -101,7 +101,7 @@ class Case:
         wanted = torch.autograd.grad(expected, leaves, [grad.double() for grad in output_grads])
         found = zip(("o", "state", *self.inputs), (o, state, *grads), (*expected, *wanted), strict=True)
         return {
-            name: float((x.double() - y).norm() / y.norm().clamp(min=1e-12))
+            name: float((x.detach().double() - y.detach()).norm() / y.norm().clamp(min=1e-12))
             for name, x, y in found
             if y.any()
         }
