@@ -371,4 +371,13 @@ def load_interpreted(name: str) -> types.ModuleType:
     return module
 
 
+def load_hopper_kernels() -> tuple[types.ModuleType, types.ModuleType, types.ModuleType]:
+    """Fresh copies of prepare, gradient and scan; gradient uses what prepare's copy defines."""
+    package = "kimi_linear.ops.triton"
+    prepare = load_interpreted(f"{package}.prepare_hopper")
+    with mock.patch.dict(sys.modules, {prepare.__name__: prepare}):
+        gradient = load_interpreted(f"{package}.gradient_hopper")
+    return prepare, gradient, load_interpreted(f"{package}.scan_hopper")
+
+
 add_operators()

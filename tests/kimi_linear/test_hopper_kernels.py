@@ -19,20 +19,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
-    from unittest import mock
-
-    from gluon_interpreter import load_interpreted
+    from gluon_interpreter import load_hopper_kernels
 
     from kimi_linear.ops.triton import chunk
     from kimi_linear.ops.triton.gradient import gradient_kernel
     from kimi_linear.ops.triton.prepare import prepare_kernel
     from kimi_linear.ops.triton.scan import scan_forward_kernel
 
-    PREPARE = "kimi_linear.ops.triton.prepare_hopper"
-    prepare_hopper = load_interpreted(PREPARE)
-    with mock.patch.dict(sys.modules, {PREPARE: prepare_hopper}):
-        gradient_hopper = load_interpreted("kimi_linear.ops.triton.gradient_hopper")
-    scan_hopper = load_interpreted("kimi_linear.ops.triton.scan_hopper")
+    prepare_hopper, gradient_hopper, scan_hopper = load_hopper_kernels()
 
     # What the Hopper kernels take of the portable ones' constants.
     SHARED = ("HV", "K", "VARLEN", "GATE", "BETA_SIGMOID", "NORMALIZE")

@@ -22,18 +22,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
-    from unittest import mock
-
-    from gluon_interpreter import load_interpreted
+    from gluon_interpreter import load_hopper_kernels
     from rounding_interpreter import rounding
 
     from kimi_linear.ops.triton import chunk
 
-    PREPARE = "kimi_linear.ops.triton.prepare_hopper"
-    prepare_hopper = load_interpreted(PREPARE)
-    with mock.patch.dict(sys.modules, {PREPARE: prepare_hopper}):
-        gradient_hopper = load_interpreted("kimi_linear.ops.triton.gradient_hopper")
-    scan_hopper = load_interpreted("kimi_linear.ops.triton.scan_hopper")
+    prepare_hopper, gradient_hopper, scan_hopper = load_hopper_kernels()
 
     @pytest.fixture(autouse=True)
     def _fresh_seed() -> None:
