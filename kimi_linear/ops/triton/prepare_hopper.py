@@ -422,9 +422,10 @@ def prepare_hopper_kernel(
         written = warpgroup_mma(solve_rest.permute((1, 0)), writes.index(tile), written)
         written = warpgroup_mma(solve.permute((1, 0)), writes.index(tile), written)
         written *= norm
-        rounded = written.to(write_keys.dtype.element_ty)
-        gl.store(write_keys + at + tile * 32, gl.convert_layout(rounded, TILE_STORED))
+        # Names of their own: to Triton 3.6, a loop that gives a name another layout carries it around.
+        rounded_keys = written.to(write_keys.dtype.element_ty)
+        gl.store(write_keys + at + tile * 32, gl.convert_layout(rounded_keys, TILE_STORED))
         if write_rest is not None:
-            rest = (written - rounded.to(gl.float32)).to(write_keys.dtype.element_ty)
+            keys_rest = (written - rounded_keys.to(gl.float32)).to(write_keys.dtype.element_ty)
             at_rest = write_rest + block * (C * K) + at + tile * 32
-            gl.store(at_rest, gl.convert_layout(rest, TILE_STORED))
+            gl.store(at_rest, gl.convert_layout(keys_rest, TILE_STORED))
