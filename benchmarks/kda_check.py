@@ -223,7 +223,10 @@ def check(results: timing.Results, choices: list[chunk.Choice], executor: Execut
     jobs += [executor.submit(run_case, index, choice) for choice in choices for index in range(len(CASES))]
     right = True
     for job in jobs:
-        facts = job.result()
+        try:
+            facts = job.result()
+        except Exception as error:
+            facts = {"error": f"{type(error).__name__}: {error}"[-500:], "out_of_tolerance": ["all"]}
         results.add(**facts)
         right &= not facts["out_of_tolerance"]
     return right

@@ -371,13 +371,15 @@ def load_interpreted(name: str) -> types.ModuleType:
     return module
 
 
-def load_hopper_kernels() -> tuple[types.ModuleType, types.ModuleType, types.ModuleType]:
-    """Fresh copies of prepare, gradient and scan; gradient uses what prepare's copy defines."""
-    package = "kimi_linear.ops.triton"
-    prepare = load_interpreted(f"{package}.prepare_hopper")
-    with mock.patch.dict(sys.modules, {prepare.__name__: prepare}):
-        gradient = load_interpreted(f"{package}.gradient_hopper")
-    return prepare, gradient, load_interpreted(f"{package}.scan_hopper")
+def load_hopper_kernels() -> types.SimpleNamespace:
+    """The Hopper kernels by name, from fresh copies of their modules, which use one another's."""
+    kernels = {}
+    with mock.patch.dict(sys.modules):
+        for name in ("prepare_hopper", "gradient_hopper", "gradient_ahead", "scan_hopper"):
+            module = load_interpreted(f"kimi_linear.ops.triton.{name}")
+            sys.modules[module.__name__] = module
+            kernels[name] = getattr(module, f"{name}_kernel")
+    return types.SimpleNamespace(**kernels)
 
 
 add_operators()

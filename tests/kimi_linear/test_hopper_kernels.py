@@ -25,8 +25,9 @@ else:
     from kimi_linear.ops.triton.gradient import gradient_kernel
     from kimi_linear.ops.triton.prepare import prepare_kernel
     from kimi_linear.ops.triton.scan import scan_forward_kernel
+    from kimi_linear.ops.triton.scan_hopper import SLICE, STAGES
 
-    prepare_hopper, gradient_hopper, scan_hopper = load_hopper_kernels()
+    hopper = load_hopper_kernels()
 
     # What the Hopper kernels take of the portable ones' constants.
     SHARED = ("HV", "K", "VARLEN", "GATE", "BETA_SIGMOID", "NORMALIZE")
@@ -67,18 +68,18 @@ else:
 
             return launch
 
-    def run_both(monkeypatch, inputs, **options):  # type: ignore[no-untyped-def]
+    def run_both(monkeypatch, gradient_to_check, inputs, **options):  # type: ignore[no-untyped-def]
         """Forward and backward with the portable kernels; errors of both Hopper kernels on the way."""
         prepare = BothKernels(
             prepare_kernel,
-            prepare_hopper.prepare_hopper_kernel,
+            hopper.prepare_hopper,
             {6: "read_keys", 7: "queries", 8: "write_keys", 9: "decay", 11: "inverse", 14: "attention"},
             {0, 1, 2, 3, 6, 7, 8, 11, 14},
             ("H",),
         )
         gradient = BothKernels(
             gradient_kernel,
-            gradient_hopper.gradient_hopper_kernel,
+            gradient_to_check,
             {12: "dq", 13: "dk", 14: "dv", 15: "dg", 16: "dbeta", 17: "bias", 18: "rate"},
             {0, 1, 2, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16},
             ("V",),
@@ -109,8 +110,9 @@ else:
         ("bounds", "heads", "size", "activated", "lower_bound"),
         [([0, 70], 1, 64, False, None), ([0, 1, 1, 40], 2, 32, False, -5.0), ([0, 64], 1, 32, True, None)],
     )
+    @pytest.mark.parametrize("gradient", ["gradient_hopper", "gradient_ahead"])
     def test_both_kernels_write_what_the_portable_ones_write(  # type: ignore[no-untyped-def]
-        monkeypatch, bounds, heads, size, activated, lower_bound
+        monkeypatch, gradient, bounds, heads, size, activated, lower_bound
     ) -> None:
         options = {
             "use_qk_l2norm_in_kernel": True,
@@ -119,7 +121,9 @@ else:
             "lower_bound": lower_bound,
             "cu_seqlens": torch.tensor(bounds) if len(bounds) > 2 else None,
         }
-        prepared, gradients = run_both(monkeypatch, new_inputs(bounds[-1], heads, size, activated), **options)
+        prepared, gradients = run_both(
+            monkeypatch, getattr(hopper, gradient), new_inputs(bounds[-1], heads, size, activated), **options
+        )
         assert set(prepared) == {"read_keys", "queries", "write_keys", "decay", "inverse", "attention"}
         assert {"dq", "dk", "dv", "dg", "dbeta"} <= set(gradients)
         print(prepared, gradients)
@@ -141,10 +145,10 @@ else:
                     torch.full_like(o, float("nan")).bfloat16(),
                     torch.full_like(final, float("nan")),
                 )
-                scan_hopper.scan_hopper_kernel[(constants["V"] // scan_hopper.SLICE, grid[1])](
+                hopper.scan_hopper[(constants["V"] // SLICE, grid[1])](
                     *rounded, decay, scales, scores.bfloat16(), v.bfloat16(), own_o, initial, own_final,
                     starts, bounds, tokens, scale, HV=constants["HV"], K=constants["K"], V=constants["V"],
-                    VARLEN=constants["VARLEN"], DEPTH=scan_hopper.STAGES,
+                    VARLEN=constants["VARLEN"], DEPTH=STAGES,
                 )  # fmt: skip
                 self.errors = [float((x - y).norm() / y.norm()) for x, y in ((own_o, o), (own_final, final))]
 

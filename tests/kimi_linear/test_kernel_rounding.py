@@ -27,7 +27,7 @@ else:
 
     from kimi_linear.ops.triton import chunk
 
-    prepare_hopper, gradient_hopper, scan_hopper = load_hopper_kernels()
+    hopper = load_hopper_kernels()
 
     @pytest.fixture(autouse=True)
     def _fresh_seed() -> None:
@@ -38,9 +38,8 @@ else:
         """Operands in bfloat16, and the kernels of one architecture."""
         monkeypatch.setattr(chunk.Problem, "operand", torch.bfloat16)
         monkeypatch.setattr(chunk.Problem, "on_hopper", lambda *_: request.param == "hopper")
-        monkeypatch.setattr(chunk, "prepare_hopper_kernel", prepare_hopper.prepare_hopper_kernel)
-        monkeypatch.setattr(chunk, "gradient_hopper_kernel", gradient_hopper.gradient_hopper_kernel)
-        monkeypatch.setattr(chunk, "scan_hopper_kernel", scan_hopper.scan_hopper_kernel)
+        for name, kernel in vars(hopper).items():
+            monkeypatch.setattr(chunk, f"{name}_kernel", kernel)
         with rounding():
             yield
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from kimi_linear.ops.triton.gradient import gradient_kernel
+from kimi_linear.ops.triton.gradient_ahead import gradient_ahead_kernel
 from kimi_linear.ops.triton.gradient_hopper import gradient_hopper_kernel
 from kimi_linear.ops.triton.packing import CHUNK, chunk_table
 from kimi_linear.ops.triton.prepare import prepare_kernel
@@ -37,6 +38,8 @@ class Choice:
     hopper_scan: bool = False
     # What `prepare` writes stays in memory from the forward to the backward pass instead of being made again.
     keep_prepared: bool = False
+    # On Hopper, gradients by `gradient_ahead_kernel`.
+    gradient_ahead: bool = False
 
 
 CHOICE = Choice()
@@ -311,7 +314,8 @@ class ChunkKDA(torch.autograd.Function):
         )  # fmt: skip
         grid = (p.chunks * p.value_heads,)
         if p.on_hopper(q.device) and groups == 1 and p.value_dim == p.padded_value_dim >= TILE:
-            gradient_hopper_kernel[grid](
+            kernel = gradient_ahead_kernel if CHOICE.gradient_ahead else gradient_hopper_kernel
+            kernel[grid](
                 *arguments,
                 HV=p.heads,
                 K=p.key_dim,

@@ -17,6 +17,8 @@ from kimi_linear.ops.triton import prepare, tiles
 WARPS = 4
 TILE = 32
 
+# Named so since Triton 3.7.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 place_chunk = gluon.jit(tiles.place_chunk.fn)
 log2_decay = gluon.jit(tiles.log2_decay.fn)
 load_beta = gluon.jit(prepare.load_beta.fn)

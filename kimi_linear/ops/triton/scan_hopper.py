@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kimi_linear.ops.triton import scan
+from kimi_linear.ops.triton.prepare_hopper import barrier
 
 SLICE = 64
 STAGES = 3
@@ -26,8 +27,6 @@ def serves(key_dim: int, value_dim: int) -> bool:
     return key_dim in (64, 128) and value_dim % SLICE == 0
 
 
-# Named so since Triton 3.7.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 place_sequence = gluon.jit(scan.place_sequence.fn)
 
 
