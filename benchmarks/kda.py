@@ -5,8 +5,8 @@
 Medians of repeated calls by device events, normal inputs, bfloat16, K = V = 128, the unbounded gate.
 The file is written again after every case, so a run cut short leaves what it measured; a case that fails
 says so in it, and the next one follows. It begins with the first training step of the process, compilation
-included, goes on with the cases that have targets, and ends with the decode step and the length from which
-the kernels are ahead of full attention. --candidates times instead what `chunk.Choice` offers, each against
+included, goes on with the cases that have targets, full attention beside them, and the decode step, and ends
+with flash-linear-attention over all cases. --candidates times instead what `chunk.Choice` offers, each against
 the default, and nothing else.
 """
 
@@ -149,11 +149,13 @@ def crossover(ours: dict[int, float], attention: dict[int, float]) -> int | None
 class Measurement:
     """One run of the benchmark: cases go to `results` as they are measured."""
 
-    def __init__(self, results: timing.Results, peer: Callable | None, attention: bool) -> None:
-        self.results, self.peer, self.attention = results, peer, attention
+    def __init__(self, results: timing.Results, attention: bool) -> None:
+        self.results, self.attention = results, attention
         self.bandwidth = timing.bytes_per_ms()
         # Milliseconds by length, 32 heads, of one sequence: ours and full attention's.
         self.lengths: dict[str, tuple[dict[int, float], dict[int, float]]] = {}
+        # What it takes to repeat each case with the peer: the case, and how to time a kernel.
+        self.repeatable: list[tuple[dict[str, object], Callable[[Callable], dict[str, object]]]] = []
 
     def attempt(self, case: dict[str, object], name: str, measure: Callable[[], object]) -> object:
         """What `measure` gives, or None and the reason beside `name` in the case."""
@@ -165,23 +167,23 @@ class Measurement:
 
     def shape(self, backward: bool, packing: str, batch: int, tokens: int, heads: int) -> None:
         name = "forward + backward" if backward else "forward"
-        inputs = layer_inputs(tokens, heads, batch)
-        boundaries = PACKINGS[packing]
-        cu_seqlens = None if boundaries is None else boundaries(tokens)
         # q, k, v, g and o once; backwards again, with the output's gradient and four results.
-        floor = (14 if backward else 5) * inputs["q"].nbytes / self.bandwidth
+        tensor_bytes = 2 * batch * tokens * heads * HEAD_DIM
+        floor = (14 if backward else 5) * tensor_bytes / self.bandwidth
         case: dict[str, object] = {
             "case": f"{name}, {packing}", "B": batch, "T": tokens, "H": heads, "D": HEAD_DIM,
             "gate": "unbounded", "ours_ms": None, "fla_ms": None, "flashkda_ms": None, "attention_ms": None,
             "floor_ms": floor, "times_floor": None, "peak_bytes": None, "fla_peak_bytes": None,
         }  # fmt: skip
-        kernels = {"ours": chunk_kda, **({"fla": self.peer} if self.peer else {})}
-        for who, kernel in kernels.items():
-            call = one_call(kernel, inputs, backward, cu_seqlens)
-            timed = self.attempt(case, who, lambda call=call: time_kernel(call))
-            if timed is not None:
-                case[f"{who}_ms"], case["peak_bytes" if who == "ours" else "fla_peak_bytes"] = timed
-        if case["ours_ms"] is not None:
+
+        def time_shape(kernel: Callable) -> tuple[float, int]:
+            boundaries = PACKINGS[packing]
+            cu_seqlens = None if boundaries is None else boundaries(tokens)
+            return time_kernel(one_call(kernel, layer_inputs(tokens, heads, batch), backward, cu_seqlens))
+
+        timed = self.attempt(case, "ours", lambda: time_shape(chunk_kda))
+        if timed is not None:
+            case["ours_ms"], case["peak_bytes"] = timed
             case["times_floor"] = case["ours_ms"] / floor
         if self.attention and packing == "uniform" and batch == 1 and tokens <= LONGEST_ATTENTION:
             full = self.attempt(case, "attention", lambda: time_attention(tokens, heads, backward))
@@ -189,22 +191,25 @@ class Measurement:
             if heads == 32 and case["ours_ms"] is not None and full is not None:
                 ours, attention = self.lengths.setdefault(name, ({}, {}))
                 ours[tokens], attention[tokens] = case["ours_ms"], full
-        self.results.add(**case)
+        keys = ("fla_ms", "fla_peak_bytes")
+        self.repeatable.append(
+            (self.results.add(**case), lambda kernel: dict(zip(keys, time_shape(kernel), strict=True)))
+        )
 
     def graph(self, tokens: int) -> None:
-        inputs = layer_inputs(tokens, 32)
-        floor = 5 * inputs["q"].nbytes / self.bandwidth
+        floor = 5 * 2 * tokens * 32 * HEAD_DIM / self.bandwidth
         case: dict[str, object] = {
             "case": "forward, uniform, in a CUDA graph", "B": 1, "T": tokens, "H": 32, "D": HEAD_DIM,
-            "gate": "unbounded", "floor_ms": floor,
+            "gate": "unbounded", "ours_ms": None, "fla_ms": None, "floor_ms": floor,
         }  # fmt: skip
-        kernels = {"ours": chunk_kda, **({"fla": self.peer} if self.peer else {})}
-        for who, kernel in kernels.items():
-            calls = [one_call(kernel, inputs, backward=False)] * 10
-            case[f"{who}_ms"] = self.attempt(case, who, lambda calls=calls: timing.graph_ms(calls))
+
+        def time_graph(kernel: Callable) -> float:
+            return timing.graph_ms([one_call(kernel, layer_inputs(tokens, 32), backward=False)] * 10)
+
+        case["ours_ms"] = self.attempt(case, "ours", lambda: time_graph(chunk_kda))
         if case["ours_ms"] is not None:
             case["times_floor"] = case["ours_ms"] / floor
-        self.results.add(**case)
+        self.repeatable.append((self.results.add(**case), lambda kernel: {"fla_ms": time_graph(kernel)}))
 
     def everything(self) -> None:
         for index, shape in enumerate(SHAPES):
@@ -214,12 +219,15 @@ class Measurement:
                 self.graph(1024)
         for name, lengths in self.lengths.items():
             self.results.add(case=f"{name}, ahead of full attention from", T=crossover(*lengths), H=32)
-        self.compare()
         kda_decode.measure(self.results, self.bandwidth)
 
-    def compare(self) -> None:
-        """How many times faster than the peer, over all cases that both ran."""
-        both = [case for case in self.results.cases if case.get("ours_ms") and case.get("fla_ms")]
+    def compare(self, peer: Callable) -> None:
+        """Every case again with the peer, and how many times faster ours was where both ran."""
+        for case, time_case in self.repeatable:
+            found = self.attempt(case, "fla", lambda time_case=time_case: time_case(peer))
+            case.update(found or {})
+            self.results.write()
+        both = [case for case, _ in self.repeatable if case["ours_ms"] and case["fla_ms"]]
         ratios = [case["fla_ms"] / case["ours_ms"] for case in both]
         if ratios:
             self.results.add(
@@ -233,11 +241,14 @@ class Measurement:
 def measure(results: timing.Results, with_peers: bool) -> None:
     first = first_call_seconds()
     results.add(case="first forward + backward of a process", B=1, T=1024, H=32, first_call_s=first)
-    peer = None
+    measurement = Measurement(results, with_peers)
+    measurement.everything()
     if with_peers:
+        # Last, because its autotuning may take longer than the time there is.
         peer, facts = peers.tuned(train)
         results.add(case="flash-linear-attention", **facts)
-    Measurement(results, peer, with_peers).everything()
+        if peer is not None:
+            measurement.compare(peer)
 
 
 def measure_candidates(results: timing.Results) -> None:
@@ -248,7 +259,7 @@ def measure_candidates(results: timing.Results) -> None:
     every = chunk.Choice(**dict.fromkeys(names, True))
     for choice in dict.fromkeys((default, *others, every)):
         chunk.CHOICE = choice
-        measurement = Measurement(results, None, attention=False)
+        measurement = Measurement(results, attention=False)
         results.add(case=f"the next cases: {choice}")
         for tokens in (1024, 8192):
             for backward in (False, True):

@@ -1,8 +1,9 @@
 """flash-linear-attention beside our kernels: compiled in parallel, autotuned once and in bounded time.
 
 Its autotuning compiles some 200 configurations one after another, again for every number of heads. So helper
-processes, each with every n-th configuration, first fill Triton's cache side by side; then the process that
-measures tunes each kernel once, at 32 heads, and keeps what it chose for all other cases.
+processes, each with a few configurations of every kernel, first fill Triton's cache side by side; then the
+process that measures tunes each kernel once, at 32 heads, and keeps what it chose for all other cases. Of a
+kernel with more configurations than there are helpers it tries that many, evenly spaced.
 """
 
 import importlib
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 
 from triton.runtime.autotuner import Autotuner
 
-PROCESSES = 12
-LIMIT_S = 120
+PROCESSES = 14
+COMPILE_LIMIT_S = 100
+TUNE_LIMIT_S = 60
 
 
 class FirstChoice(dict):
@@ -53,11 +55,19 @@ def load(change: Callable[[Autotuner], None]) -> Callable:
 
 
 def keep_share(tuner: Autotuner, share: int, shares: int) -> None:
-    """Leave a tuner every `shares`-th configuration, or one where that leaves none."""
-    tuner.configs = tuner.configs[share::shares] or tuner.configs[:1]
+    """Leave a tuner one of `shares` configurations."""
+    keep_some(tuner, shares)
+    tuner.configs = [tuner.configs[share % len(tuner.configs)]]
 
 
-def keep_first_choice(tuner: Autotuner) -> None:
+def keep_some(tuner: Autotuner, number: int) -> None:
+    """Leave a tuner at most `number` configurations, evenly spaced."""
+    count = len(tuner.configs)
+    tuner.configs = [tuner.configs[i * count // min(number, count)] for i in range(min(number, count))]
+
+
+def prepare_to_tune(tuner: Autotuner) -> None:
+    keep_some(tuner, PROCESSES)
     tuner.cache = FirstChoice()
 
 
@@ -80,7 +90,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def helper(share: int, shares: int) -> list[str]:
-    """Command of a process that compiles every `shares`-th configuration."""
+    """Command of a process that compiles one of `shares` configurations of every kernel."""
     return [sys.executable, "-m", "benchmarks.peers", str(share), str(shares)]
 
 
@@ -104,18 +114,19 @@ def tuned(train: Callable[[Callable, int], None]) -> tuple[Callable | None, dict
     `train(kernel, tokens)` runs a forward and backward pass.
     """
     try:
-        kernel = load(keep_first_choice)
+        kernel = load(prepare_to_tune)
     except ImportError as error:
         return None, {"fla_error": f"not installed ({error})"}
     start = time.monotonic()
-    finished = compile_side_by_side(PROCESSES, LIMIT_S)
+    finished = compile_side_by_side(PROCESSES, COMPILE_LIMIT_S)
     facts: dict[str, object] = {
-        "fla_configurations": "autotuned once, at B 1, T 4096, H 32, unpacked, and kept for all cases",
+        "fla_configurations": f"at most {PROCESSES} of each kernel, evenly spaced, autotuned once, at B 1, "
+        "T 4096, H 32, unpacked, and kept for all cases",
         "fla_compile_s": time.monotonic() - start,
         "fla_compiled_shares": f"{finished} of {PROCESSES}",
     }
     try:
-        with time_limit(LIMIT_S):
+        with time_limit(TUNE_LIMIT_S):
             train(kernel, 4096)
     except Exception as error:
         return None, {**facts, "fla_error": f"{type(error).__name__}: {error}"}

@@ -68,9 +68,14 @@ class Results:
         self.path = path
         self.cases: list[dict[str, object]] = []
 
-    def add(self, **case: object) -> None:
+    def add(self, **case: object) -> dict[str, object]:
+        """The case as the file holds it; whoever changes it writes the file again."""
         about = {"device": device_name(), "torch": torch.__version__, "triton": triton.__version__}
         self.cases.append({**case, **about})
+        self.write()
+        print({key: value for key, value in case.items() if value is not None}, flush=True)
+        return self.cases[-1]
+
+    def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.cases, indent=1) + "\n")
-        print({key: value for key, value in case.items() if value is not None}, flush=True)

@@ -76,11 +76,30 @@ def test_a_failing_peer_costs_its_own_times_alone(tmp_path: Path) -> None:
         raise RuntimeError("out of registers\nand of patience")
 
     results = timing.Results(tmp_path / "kda.json")
-    kda.Measurement(results, broken, attention=False).shape(True, "uniform", 1, 32, 2)
+    measurement = kda.Measurement(results, attention=False)
+    measurement.shape(True, "uniform", 1, 32, 2)
+    measurement.compare(broken)
     (case,) = read(tmp_path / "kda.json")
     assert case["ours_ms"] == 1.0
     assert case["fla_ms"] is None
     assert case["fla_error"] == "RuntimeError: out of registers"
+
+
+def test_ours_and_full_attention_are_written_before_the_peer_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "kda.json"
+
+    def cut_short(*_: object) -> None:
+        written = {case["case"]: case for case in read(path)}
+        assert written["forward + backward, uniform"]["ours_ms"] == 1.0
+        assert written["forward + backward, uniform"]["attention_ms"] == 1.0
+        assert any(name.startswith("decode step") for name in written)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "tuned", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        kda.measure(timing.Results(path), with_peers=True)
 
 
 def test_without_its_package_the_peer_is_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,17 +136,26 @@ def new_tuner() -> Autotuner:
     return triton.autotune(configs, key=["n"])(triton.jit(chunk_kda))
 
 
-def test_helpers_share_a_tuners_configurations_and_all_are_kept_by_one() -> None:
+@pytest.mark.parametrize(
+    ("processes", "blocks"), [(7, [1, 2, 4, 8, 16, 1, 2]), (5, [1, 2, 4, 8, 16]), (2, [1, 4])]
+)
+def test_helpers_compile_just_what_the_process_that_measures_will_try(
+    monkeypatch: pytest.MonkeyPatch, processes: int, blocks: list[int]
+) -> None:
+    monkeypatch.setattr(peers, "PROCESSES", processes)
     shares = []
-    for share in range(7):
-        with peers.autotuners(lambda tuner, share=share: peers.keep_share(tuner, share, 7)):
-            shares.append([config.kwargs["B"] for config in new_tuner().configs])
-    assert shares == [[1], [2], [4], [8], [16], [1], [1]]
+    for share in range(processes):
+        with peers.autotuners(lambda tuner, share=share: peers.keep_share(tuner, share, processes)):
+            shares += [config.kwargs["B"] for config in new_tuner().configs]
+    assert shares == blocks
+    with peers.autotuners(peers.prepare_to_tune):
+        tried = [config.kwargs["B"] for config in new_tuner().configs]
+    assert tried == sorted(set(blocks))
     assert len(new_tuner().configs) == 5
 
 
 def test_a_tuners_first_choice_serves_every_key() -> None:
-    with peers.autotuners(peers.keep_first_choice):
+    with peers.autotuners(peers.prepare_to_tune):
         tuner = new_tuner()
     assert "a" not in tuner.cache
     tuner.cache["a"] = "first"
@@ -184,6 +212,22 @@ def test_the_check_names_what_is_out_of_tolerance(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(kda_check, "chunk_kda", wrong)
     assert not kda_check.check(timing.Results(tmp_path / "errors.json"), [chunk.CHOICE], Inline())
     assert "state" in read(tmp_path / "errors.json")[-1]["out_of_tolerance"]
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_the_check_goes_on_past_a_case_that_fails(tmp_path: Path) -> None:
+    class Failing(Inline):
+        def submit(self, call: Callable, *arguments: object) -> Future:  # type: ignore[override]
+            if call is kda_check.run_case:
+                return super().submit(call, *arguments)
+            future: Future = Future()
+            future.set_exception(RuntimeError("does not compile"))
+            return future
+
+    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), [chunk.CHOICE], Failing())
+    first, *others = read(tmp_path / "errors.json")
+    assert "does not compile" in first["error"]
+    assert len(others) == 3
 
 
 def test_a_sanitizers_run_launches_every_kernel_of_a_layer() -> None:
