@@ -6,8 +6,8 @@ Medians of repeated calls by device events, normal inputs, bfloat16, K = V = 128
 The file is written again after every case, so a run cut short leaves what it measured; a case that fails
 says so in it, and the next one follows. It begins with the first training step of the process, compilation
 included, goes on with the cases that have targets, full attention beside them, and the decode step, and ends
-with flash-linear-attention over all cases. --candidates times instead what `chunk.Choice` offers, each against
-the default, and nothing else.
+with flash-linear-attention over all cases. --candidates times instead what `chunk.Choice` offers, each
+against the default, and nothing else.
 """
 
 import argparse
