@@ -186,8 +186,8 @@ class Language(types.ModuleType):
         return Tensor(torch.zeros_like(x.data))
 
     @staticmethod
-    def where(condition: Tensor, x: Any, y: Any) -> Tensor:
-        return Tensor(torch.where(condition.data, *both(x, y)))
+    def where(condition: Any, x: Any, y: Any) -> Tensor:
+        return Tensor(torch.where(torch.as_tensor(getattr(condition, "data", condition)), *both(x, y)))
 
     @staticmethod
     def minimum(x: Any, y: Any) -> Tensor:

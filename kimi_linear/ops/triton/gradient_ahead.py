@@ -272,6 +272,9 @@ def gradient_ahead_kernel(
     async_copy.async_copy_global_to_shared(state_slots, states + state_at)
     async_copy.async_copy_global_to_shared(state_grad_slots, state_grads + state_at)
     async_copy.commit_group()
+    neighbours = ((at_block_row ^ at_token) // 2) == 0
+    neighbour_pair = gl.expand_dims(gl.sum(gl.where(neighbours, own_pair + own_pair_t, 0.0), axis=1), 1)
+    neighbour_gram = gl.expand_dims(gl.sum(gl.where(neighbours, own_gram, 0.0), axis=1), 1)
     zero = gl.zeros([4, 16, 16], gl.float32, BLOCK_LAYOUT)
     one = gl.full([4, 16, 16], 1.0, gl.float32, BLOCK_LAYOUT)
     state_like = gl.zeros([4, 16, 32], gl.bfloat16, TILE_LAYOUT)
@@ -291,12 +294,19 @@ def gradient_ahead_kernel(
             f += bias_slots.index(tile).load(CHANNELS)[None, :, None]
         log_decay = log2_decay(f, 0.0, rate, lower_bound, GATE)
         total = gl.where(inside, gl.exp2(log_decay), 1.0)
-        before = total
-        after = one
-        to_q = zero
-        to_row = zero
-        to_column = zero
-        for level in gl.static_range(4):
+        # Neighbouring tokens, without a product.
+        odd = at_token % 2 == 1
+        k_neighbour = swap_token_halves(gl.where(odd, k_tile * total, k_tile), 1)
+        q_neighbour = swap_token_halves(q_tile * total, 1)
+        to_q = gl.where(odd, neighbour_pair * k_neighbour * total, 0.0)
+        to_row = gl.where(odd, neighbour_gram * k_neighbour * total, 0.0)
+        to_column = neighbour_gram * k_neighbour + neighbour_pair * q_neighbour
+        to_column = gl.where(odd, 0.0, to_column)
+        other = swap_token_halves(total, 1)
+        before = gl.where(odd, total * other, total)
+        after = gl.where(odd, one, other)
+        total *= other
+        for level in gl.static_range(1, 4):
             h = 1 << level
             is_row = (at_token // h) % 2 == 1
             pairs = ((at_block_row ^ at_token) // h) == 1

@@ -116,21 +116,21 @@ def scan_hopper_kernel(
     value_stages = gl.allocate_shared_memory(v.dtype.element_ty, [DEPTH, C, 64], KEYS)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     scale_stages = gl.allocate_shared_memory(gl.float32, [DEPTH, 256], LINE)
-    decay_stages = gl.allocate_shared_memory(gl.float32, [DEPTH, K], LINE)
-
     STATE: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, K, 16]
     )
     RESULT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
     )
+    # Behind the last chunk the state is kept as it is: a stage of ones.
+    decay_stages = gl.allocate_shared_memory(gl.float32, [DEPTH + 1, K], LINE)
+    decay_stages.index(DEPTH).store(gl.full([K], 1.0, gl.float32, gl.SliceLayout(0, STATE)))
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     BY_TOKEN: gl.constexpr = gl.SliceLayout(0, RESULT)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     stored_row = gl.arange(0, C, gl.SliceLayout(1, STORED))[:, None]
     stored_offsets = stored_row * (HV * V) + gl.arange(0, 64, gl.SliceLayout(0, STORED))[None, :]
-    token = gl.arange(0, C, BY_TOKEN)
 
     state_offsets = (gl.program_id(1).to(gl.int64) * K) * V + v_start
     STATE_STORED: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
@@ -140,6 +140,9 @@ def scan_hopper_kernel(
         state = gl.convert_layout(gl.permute(gl.load(initial_state + state_offsets), (1, 0)), STATE)
     else:
         state = gl.zeros([64, K], gl.float32, STATE)
+
+    OUTPUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
+    output_slots = gl.allocate_shared_memory(o.dtype.element_ty, [C, 64], OUTPUT)
 
     chunks = gl.cdiv(length, C)
     for ahead in gl.static_range(DEPTH - 1):
@@ -164,12 +167,14 @@ def scan_hopper_kernel(
                 K,
             )
         async_copy.commit_group()
+    async_copy.wait_group(DEPTH - 2)
+    fence_async_shared()
+    barrier()
+    state_operand = gl.convert_layout(state.to(gl.bfloat16), OPERAND, assert_trivial=True)
+    forget = decay_stages.index(gl.where(chunks > 0, 0, DEPTH)).load(gl.SliceLayout(0, STATE))
+    state *= forget[None, :]
     for chunk in range(chunks):
         stage = chunk % DEPTH
-        async_copy.wait_group(DEPTH - 2)
-        fence_async_shared()
-        barrier()
-        state_operand = gl.convert_layout(state.to(gl.bfloat16), OPERAND, assert_trivial=True)
         recalled = gl.zeros([64, C], gl.float32, RESULT)
         recalled = warpgroup_mma(
             state_operand, key_stages.index(stage).permute((1, 0)), recalled, use_acc=False, is_async=True
@@ -178,7 +183,11 @@ def scan_hopper_kernel(
         output = warpgroup_mma(
             state_operand, query_stages.index(stage).permute((1, 0)), output, use_acc=False, is_async=True
         )
-        # The last chunk's stage is free since the barrier.
+        # Behind these products: the last chunk's output goes out, and its stage is free for copies.
+        barrier()
+        if chunk > 0:
+            at = o + gl.cast(chunk - 1, gl.int64) * (C * HV * V) + stored_offsets
+            gl.store(at, output_slots.load(STORED))
         coming = chunk + (DEPTH - 1)
         if coming < chunks:
             far = gl.cast(coming, gl.int64) * HV
@@ -203,29 +212,38 @@ def scan_hopper_kernel(
                 K,
             )
         async_copy.commit_group()
+        recalled, state_operand = warpgroup_mma_wait(1, deps=(recalled, state_operand))
+        # There is time for what follows until the products with the queries end.
         row_scales = scale_stages.index(stage)
-        q_norm = row_scales.slice(0, C).load(BY_TOKEN)
         k_norm = row_scales.slice(C, C).load(BY_TOKEN)
         gain = row_scales.slice(2 * C, C).load(BY_TOKEN)
         values = value_stages.index(stage).permute((1, 0)).load(RESULT).to(gl.float32)
-        values = gl.where((token < length - chunk * C)[None, :], values, 0.0) * gain[None, :]
-        state *= decay_stages.index(stage).load(gl.SliceLayout(0, STATE))[None, :]
-        recalled, state_operand = warpgroup_mma_wait(1, deps=(recalled, state_operand))
+        values *= gain[None, :]
         error = (values - recalled * (gain * k_norm)[None, :]).to(gl.bfloat16)
         error_operand = gl.convert_layout(error, STATE_OPERAND, assert_trivial=True)
         state = warpgroup_mma(error_operand, write_stages.index(stage), state, is_async=True)
         output, state_operand = warpgroup_mma_wait(1, deps=(output, state_operand))
-        output *= q_norm[None, :]
+        output *= row_scales.slice(0, C).load(BY_TOKEN)[None, :]
         error_operand = gl.convert_layout(error, OPERAND, assert_trivial=True)
         output = warpgroup_mma(
             error_operand, attention_stages.index(stage).permute((1, 0)), output, is_async=True
         )
-        state, output, error_operand = warpgroup_mma_wait(0, deps=(state, output, error_operand))
-        output = (output * scale).to(o.dtype.element_ty)
-        output = gl.convert_layout(gl.permute(output, (1, 0)), STORED)
-        at = o + gl.cast(chunk, gl.int64) * (C * HV * V) + stored_offsets
-        gl.store(at, output, mask=(stored_row < length - chunk * C) & (stored_offsets >= 0))
+        # Behind these: the next chunk's copies arrive.
+        async_copy.wait_group(DEPTH - 2)
+        fence_async_shared()
+        barrier()
+        next_stage = gl.where(chunk + 1 < chunks, (chunk + 1) % DEPTH, DEPTH)
+        forget = decay_stages.index(next_stage).load(gl.SliceLayout(0, STATE))
+        state, error_operand = warpgroup_mma_wait(1, deps=(state, error_operand))
+        state_operand = gl.convert_layout(state.to(gl.bfloat16), OPERAND, assert_trivial=True)
+        state *= forget[None, :]
+        output, error_operand = warpgroup_mma_wait(0, deps=(output, error_operand))
+        output_slots.permute((1, 0)).store((output * scale).to(o.dtype.element_ty))
     async_copy.wait_group(0)
+    if chunks > 0:
+        at = o + gl.cast(chunks - 1, gl.int64) * (C * HV * V) + stored_offsets
+        inside = (stored_row < length - (chunks - 1) * C) & (stored_offsets >= 0)
+        gl.store(at, output_slots.load(STORED), mask=inside)
 
     if final_state is not None:
         gl.store(final_state + state_offsets, gl.convert_layout(gl.permute(state, (1, 0)), STATE_STORED))
