@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from rlscale.errors import UserError
 from rlscale.tasks.base import Task
 from rlscale.tasks.gym import PREFIX, GymTask, dataset_fields, dataset_names
-from rlscale.tasks.synthetic import Recall, Reversal, RunningSum, Sorting, Stack
+from rlscale.tasks.synthetic import Recall, Reversal, Roster, RunningSum, Sorting, Stack
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Reversal, Sorting, Recall, Stack, RunningSum)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Reversal, Sorting, Recall, Stack, RunningSum, Roster)
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from string import ascii_lowercase, ascii_uppercase, digits, punctuation
 import numpy as np
 from pydantic import Field
 
+from rlscale.errors import UserError
 from rlscale.tasks.base import Task, TaskOptions
 
 SYMBOLS = ascii_lowercase + ascii_uppercase + digits
@@ -151,6 +152,62 @@ class RunningSum(Task):
         terms = rng.integers(self.options.modulus, size=self.required_length)
         sums = np.cumsum(terms) % self.options.modulus
         return "".join(numerals[i] for i in terms) + END, "".join(numerals[i] for i in sums)
+
+
+class RosterOptions(TaskOptions):
+    names: int = Field(8, ge=2, le=len(ascii_uppercase))
+    """Names in the prompt, all different."""
+    alphabet: int = Field(8, ge=2, le=len(ascii_uppercase))
+    """Letters that names are drawn from: A-Z; as many as names at least."""
+    base: int = Field(16, ge=2, le=len(digits + ascii_lowercase))
+    """Of the number that counts down; its digits are 0-9, then a-z."""
+    digits: int = Field(3, ge=1, le=8)
+    """Of that number, the least significant one first. A row of the answer is a name and so many digits."""
+
+
+class Roster(Task):
+    """A short prompt and a long answer, as in reasoning: each row recalls a name from the prompt and counts
+    on from the row before it, and the answer ends where the count does."""
+
+    name = "roster"
+    summary = "names that take turns, and a number to count down from: BAC300= gives B200A100C000"
+    Options = RosterOptions
+    options: RosterOptions
+    lengths = "multiples of 1 + digits, of fewer than base ** digits rows"
+
+    def __init__(self, required_length: int, options: RosterOptions) -> None:
+        super().__init__(required_length, options)
+        if required_length % self._row:
+            raise UserError(
+                f"{self.name}: required_length={required_length} is impossible, "
+                f"valid: multiples of {self._row} (a name and {options.digits} digits a row)"
+            )
+        if options.alphabet < options.names:
+            raise UserError(
+                f"{self.name}: {options.names} different names need as many letters: "
+                f"raise alphabet (now {options.alphabet}) or lower names"
+            )
+
+    def longest(self) -> int | None:
+        return self._row * (self.options.base**self.options.digits - 1)
+
+    def why_longest(self) -> str:
+        return f" (rows counted in {self.options.digits} digits to base {self.options.base})"
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str]:
+        letters = rng.permutation(self.options.alphabet)[: self.options.names]
+        names = [ascii_uppercase[i] for i in letters]
+        rows = self.required_length // self._row
+        turns = [names[i % len(names)] + self._number(rows - 1 - i) for i in range(rows)]
+        return "".join(names) + self._number(rows) + END, "".join(turns)
+
+    @property
+    def _row(self) -> int:
+        return 1 + self.options.digits
+
+    def _number(self, value: int) -> str:
+        numerals, base = digits + ascii_lowercase, self.options.base
+        return "".join(numerals[value // base**place % base] for place in range(self.options.digits))
 
 
 def _sequence(rng: np.random.Generator, symbols: str, length: int) -> str:

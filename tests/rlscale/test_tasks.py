@@ -51,6 +51,14 @@ def solve(name: str, prompt: str, modulus: int = 10) -> str:
             "0123456789abcdefghijklmnopqrstuvwxyz"[sum(int(c, 36) for c in body[: i + 1]) % modulus]
             for i in range(len(body))
         )
+    if name == "roster":
+        names, left = re.fullmatch(r"([A-Z]+)([0-9a-f]+)", body).groups()
+        rows = ""
+        while int(left[::-1], 16):
+            left = f"{int(left[::-1], 16) - 1:0{len(left)}x}"[::-1]
+            rows += names[0] + left
+            names = names[1:] + names[0]
+        return rows
     assert name == "stack"
     popped = ""
     for at in range(1, len(body), 2):
@@ -65,10 +73,16 @@ def solve(name: str, prompt: str, modulus: int = 10) -> str:
     return popped
 
 
+def possible(name: str, length: int) -> int:
+    """The next length that the task can have: rosters have rows of four."""
+    return -(-length // 4) * 4 if name == "roster" else length
+
+
 @pytest.mark.parametrize("name", list_tasks())
 @settings(max_examples=40, deadline=None)
 @given(length=st.integers(3, 90), key=st.integers(0, 2**62), split=st.sampled_from(SPLITS))
 def test_the_answer_is_what_an_independent_solver_finds_and_has_the_required_length(name, length, key, split):
+    length = possible(name, length)
     problem = make_task(name, length, {}).problem(split, key)
     assert problem.answer == solve(name, problem.prompt)
     assert (
@@ -88,10 +102,12 @@ def test_answers_stay_right_under_every_difficulty_option(length, data):
         "recall": {"pairs": data.draw(st.integers(4, 52)), "values": data.draw(st.integers(2, 40))},
         "stack": {"stacks": data.draw(st.integers(1, 64)), "elements": data.draw(st.integers(2, 26))},
         "running_sum": {"modulus": data.draw(st.integers(2, 36))},
+        "roster": {"names": data.draw(st.integers(2, 13)), "alphabet": data.draw(st.integers(13, 26))},
     }
     assert choices.keys() == TASKS.keys()
     for name, options in choices.items():
-        problem = make_task(name, length, options).problem("train", data.draw(st.integers(0, 2**40)))
+        task = make_task(name, possible(name, length), options)
+        problem = task.problem("train", data.draw(st.integers(0, 2**40)))
         assert problem.answer == solve(name, problem.prompt, choices["running_sum"]["modulus"])
 
 
@@ -110,11 +126,15 @@ def test_options_set_what_they_say():
     assert set(make_task("running_sum", 400, {"modulus": 12}).problem("train", 4).answer) == set(
         "0123456789ab"
     )
+    roster = make_task("roster", 60, {"names": 3, "alphabet": 4, "base": 3, "digits": 3}).problem("train", 5)
+    assert re.fullmatch(r"[A-D]{3}021=", roster.prompt)  # 15 is 120 to base 3, written from its end
+    assert roster.answer[4:12] == f"{roster.prompt[1]}111{roster.prompt[2]}011"
+    assert roster.answer.endswith("000")
 
 
 def test_problems_do_not_depend_on_the_process():
     script = (
-        "from rlscale.tasks import *; print([make_task(n, 9, {}).problem('train', 7) for n in list_tasks()])"
+        "from rlscale.tasks import *; print([make_task(n, 12, {}).problem('train', 7) for n in list_tasks()])"
     )
     other = subprocess.run(
         [sys.executable, "-c", script],
@@ -123,12 +143,12 @@ def test_problems_do_not_depend_on_the_process():
         check=True,
         env={"PYTHONHASHSEED": "1"},
     )
-    assert other.stdout.strip() == str([make_task(name, 9, {}).problem("train", 7) for name in list_tasks()])
+    assert other.stdout.strip() == str([make_task(name, 12, {}).problem("train", 7) for name in list_tasks()])
 
 
 @pytest.mark.parametrize("name", list_tasks())
 def test_no_prompt_is_in_two_splits_even_where_prompts_are_few(name):
-    task = make_task(name, 3, {"modulus": 4} if name == "running_sum" else {})
+    task = make_task(name, possible(name, 3), {"modulus": 4} if name == "running_sum" else {})
     prompts = {split: {task.problem(split, key).prompt for key in range(300)} for split in SPLITS}
     for split in SPLITS:
         assert all(split_of(prompt) == split for prompt in prompts[split])
@@ -180,12 +200,15 @@ def test_prefix_reward_counts_up_to_the_first_error(right, tail):
     [
         ("reversl", 8, {}, "unknown task 'reversl': Did you mean 'reversal'"),
         ("reasoning_gym/chain_sums", 8, {}, "Did you mean 'reasoning_gym/chain_sum'"),
-        ("", 8, {}, "Known are reversal, sorting, recall, stack, running_sum and reasoning_gym/NAME"),
+        ("", 8, {}, "Known are reversal, sorting, recall, stack, running_sum, roster and reasoning_gym/NAME"),
         ("reversal", 0, {}, "required_length=0 is impossible, valid: 1 or more"),
         ("sorting", 27, {"alphabet": 26, "distinct": True}, "required_length=27 .* valid: 1 to 26"),
         ("reversal", 8, {"alphabets": 26}, "unknown option 'alphabets', known are alphabet"),
         ("reversal", 8, {"alphabet": 63}, r"option alphabet: .* less than or equal to 62 \(given: 63\)"),
         ("stack", 8, {"stacks": 65}, "option stacks: .* 64"),
+        ("roster", 10, {}, "required_length=10 is impossible, valid: multiples of 4"),
+        ("roster", 36, {"base": 3, "digits": 2}, "valid: 1 to 24 .rows counted in 2 digits to base 3"),
+        ("roster", 8, {"names": 9}, "9 different names need as many letters: raise alphabet .now 8"),
         ("reasoning_gym/chain_sum", 8, {"terms": 2}, "unknown option 'terms', known are min_terms"),
         ("reasoning_gym/chain_sum", 8, {"seed": 2}, "unknown option 'seed'"),
         ("reasoning_gym/chain_sum", 8, {"min_terms": 9, "max_terms": 2}, "refuses the options"),
@@ -228,7 +251,7 @@ def test_answers_longer_than_a_reasoning_gym_bound_are_an_error_with_the_remedy(
 
 @pytest.mark.parametrize("name", [*list_tasks(), "reasoning_gym/gcd"])
 def test_tasks_travel_between_processes(name):
-    task = make_task(name, 10, {})
+    task = make_task(name, 12, {})
     copy: Task = pickle.loads(pickle.dumps(task))
     assert copy.problem("held_out", 5) == task.problem("held_out", 5)
 
