@@ -34,7 +34,8 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = Field({})
     """Fields of the preset to replace, by their KimiLinearConfig names, e.g. {hidden_size: 256}."""
     checkpoint: Path | None = None
-    """Folder in the released format to start from, instead of random weights."""
+    """Folder in the released format to start from, instead of random weights. In a sweep `{architecture}` in
+    its name stands for that of each run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations of learner and rollout; KDA states are float32 always."""
 
@@ -378,10 +379,14 @@ class SweepConfig(Section):
         for architecture, length, ratio, seed in grid:
             # Rounded first: 1.1 * 100 is a little more than 110. The end-of-sequence token comes on top.
             budget = math.ceil(round(ratio * length, 6)) + 1
+            checkpoint = self.run.model.checkpoint
+            if checkpoint is not None:
+                checkpoint = Path(str(checkpoint).replace("{architecture}", architecture))
             yield self.run.model_copy(
                 update={
                     "architecture": architecture,
                     "seed": seed,
+                    "model": self.run.model.model_copy(update={"checkpoint": checkpoint}),
                     "task": self.run.task.model_copy(update={"required_length": length}),
                     "rollout": self.run.rollout.model_copy(update={"max_tokens": budget}),
                 }
@@ -403,7 +408,7 @@ class FineTuneConfig(Section):
     batch_size: int = Field(64, ge=1)
     """Examples per step."""
     learning_rate: float = Field(1e-3, gt=0)
-    """AdamW's, on float32 weights whatever `model.dtype` they are saved in."""
+    """AdamW's, on float32 weights whatever `model.dtype` they are saved and, on a GPU, computed in."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up from 0; constant afterwards."""
     device: Literal["cpu", "cuda"] = "cpu"
