@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ def train_supervised(
 ) -> int:
     """Trains `model` in place with TRL's SFTTrainer, on examples 0, 1, 2 and so on.
 
-    The loss is the mean over completion tokens, end-of-sequence included.
+    The loss is the mean over completion tokens, end-of-sequence included. Weights stored in less than float32
+    have float32 copies that take the steps.
 
     Args:
         model: on the device to train on; is left without gradients.
@@ -86,9 +87,11 @@ def train_supervised(
             report_to="none",
             disable_tqdm=True,
         )
+        low = [parameter for parameter in model.parameters() if parameter.dtype.itemsize < 4]
         trainer = _Trainer(
             model=model,
             args=arguments,
+            optimizers=(_MasterAdamW(model.parameters(), schedule.learning_rate) if low else None, None),
             # IterableDataset.from_generator would do too, but leaves locks in the user's cache folder.
             train_dataset=IterableDataset(ExamplesIterable(rows, {})),
             processing_class=tokenizer,
@@ -105,6 +108,25 @@ def train_supervised(
             else:
                 model.forward = forward
     return trainer.tokens
+
+
+class _MasterAdamW(torch.optim.AdamW):
+    """Steps on float32 copies of parameters that are stored in less: most steps would be rounded away."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
+        self._rounded: list[torch.Tensor] = list(parameters)
+        self._masters: list[torch.Tensor] = [
+            torch.nn.Parameter(parameter.detach().float()) for parameter in self._rounded
+        ]
+        super().__init__(self._masters, learning_rate, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter, master in zip(self._rounded, self._masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        result = super().step(closure)
+        torch._foreach_copy_(self._rounded, self._masters)
+        return result
 
 
 class _Trainer(SFTTrainer):

@@ -182,3 +182,20 @@ def test_nothing_is_left_on_disk_or_printed(tmp_path, monkeypatch, capfd):
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "scratch"]
     assert (sorted(cache.rglob("*")) if cache.exists() else []) == before
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("architecture", ["hybrid", "mla"])
+def test_weights_in_bfloat16_take_steps_that_bfloat16_would_round_away(architecture: str) -> None:
+    torch.manual_seed(torch.seed())
+    model = kimi(architecture).to(torch.bfloat16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    # A step moves the norms' ones by 3e-4 at most; their neighbours are 0.004 and 0.008 away.
+    config = WarmStartConfig(
+        target_pass_rate=0.99, max_steps=40, batch_size=4, learning_rate=3e-4, evaluate_every=40
+    )
+    with pytest.raises(UserError, match=r"short of 0\.99"):
+        warm_start(model, TOKENIZER, make_task("sorting", 6, EASY), config, 0)
+    moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+    assert "model.norm.weight" in moved
+    assert all(parameter.dtype == before[name].dtype for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
