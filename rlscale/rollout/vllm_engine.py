@@ -108,7 +108,7 @@ def start_engine(
         "kv_transfer_config": connector,
         "enable_sleep_mode": sleeps,
     }
-    arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments()
+    arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments(cache_bytes)
     if step_by_step:
         arguments["async_scheduling"] = False
     with tempfile.TemporaryDirectory(prefix="rlscale-model-") as folder:
@@ -159,12 +159,13 @@ def _cpu_arguments(context: int) -> dict[str, Any]:
     }
 
 
-def _gpu_arguments() -> dict[str, Any]:
+def _gpu_arguments(cache_bytes: int) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info()
     return {
         "max_num_batched_tokens": _GPU_BATCHED_TOKENS,
-        # vLLM refuses to start where less than this share is free, whatever the cache is given.
-        "gpu_memory_utilization": _SHARE_OF_FREE_MEMORY * free / total,
+        # vLLM refuses to start where less than this share is free, and sizes nothing by it where the cache's
+        # bytes are given. No more than the cache, so that engines can start side by side on one GPU.
+        "gpu_memory_utilization": min(cache_bytes, _SHARE_OF_FREE_MEMORY * free) / total,
     }
 
 
