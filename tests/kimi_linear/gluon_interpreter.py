@@ -348,7 +348,9 @@ def interpreted() -> Iterator[None]:
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.mma_v2 = hopper.warpgroup_mma = multiply_matrices  # type: ignore[attr-defined]
     hopper.fence_async_shared = lambda: None  # type: ignore[attr-defined]
-    hopper.warpgroup_mma_wait = lambda pending, deps: deps  # type: ignore[attr-defined]
+    hopper.warpgroup_mma_wait = (  # type: ignore[attr-defined]
+        lambda pending, deps: deps if len(deps) > 1 else deps[0]
+    )
     hopper.async_copy = types.SimpleNamespace(  # type: ignore[attr-defined]
         async_copy_global_to_shared=copy_to_shared,
         commit_group=lambda: None,

@@ -41,10 +41,10 @@ else:
         compares what they wrote.
         """
 
-        def __init__(self, portable, hopper, written, rounded, names) -> None:  # type: ignore[no-untyped-def]
+        def __init__(self, portable, hopper, written, rounded, names, **more) -> None:  # type: ignore[no-untyped-def]
             self.portable, self.hopper = portable, hopper
             self.written, self.rounded, self.names = written, rounded, names
-            self.errors: dict[str, float] = {}
+            self.more, self.errors = more, {}
 
         def __getitem__(self, grid):  # type: ignore[no-untyped-def]
             def launch(*arguments, **constants):  # type: ignore[no-untyped-def]
@@ -55,7 +55,8 @@ else:
                         own[i] = x.bfloat16()
                     if isinstance(x, torch.Tensor) and i in self.written:
                         own[i] = torch.full_like(own[i], float("nan"))
-                self.hopper[grid](*own, **{name: constants[name] for name in (*SHARED, *self.names)})
+                shared = {name: constants[name] for name in (*SHARED, *self.names)}
+                self.hopper[grid](*own, **shared, **self.more)
                 for i, name in self.written.items():
                     expected = arguments[i]
                     if expected is not None:
@@ -76,6 +77,7 @@ else:
             {6: "read_keys", 7: "queries", 8: "write_keys", 9: "decay", 11: "inverse", 14: "attention"},
             {0, 1, 2, 3, 6, 7, 8, 11, 14},
             ("H",),
+            AHEAD=gradient_to_check is hopper.gradient_ahead,
         )
         gradient = BothKernels(
             gradient_kernel,

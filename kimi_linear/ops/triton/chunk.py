@@ -40,6 +40,8 @@ class Choice:
     keep_prepared: bool = False
     # On Hopper, gradients by `gradient_ahead_kernel`.
     gradient_ahead: bool = False
+    # On Hopper, `prepare` copies its inputs to shared memory beforehand.
+    prepare_ahead: bool = False
 
 
 CHOICE = Choice()
@@ -195,6 +197,7 @@ def prepare(
             HV=p.value_heads,
             K=p.key_dim,
             VARLEN=p.cu_seqlens is not None,
+            AHEAD=CHOICE.prepare_ahead,
             **p.activations,
             **HOPPER_OPTIONS,
         )
