@@ -11,6 +11,7 @@ too, all of it at once.
 import argparse
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
+from copy import copy
 from dataclasses import fields
 from itertools import pairwise
 from multiprocessing import get_context
@@ -29,6 +30,12 @@ from kimi_linear.ops.triton import chunk
 TOLERANCES = {torch.bfloat16: (0.004, 0.006), torch.float16: (0.004, 0.006), torch.float32: (1e-5, 1e-5)}
 NAMES = ("q", "k", "v", "g", "beta")
 PROCESSES = 10
+HEAD_DIM = 128
+# Of one sequence, and how often another repeats it: more than 2^31 numbers in q, and in the states that the
+# backward pass keeps.
+FAR_TOKENS, FAR_HEADS = 200, 64
+FAR_REPEATS = {"forward": 1350, "backward": 675}
+DECODE_SIZES = ((128, torch.float32), (128, torch.bfloat16), (80, torch.float32))
 
 
 class Case:
@@ -39,7 +46,7 @@ class Case:
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.bfloat16,
         gate: str = "unbounded",
-        bounds: list[int] | None = None,
+        bounds: list[int] | torch.Tensor | None = None,
         change: Callable[[dict[str, torch.Tensor]], None] | None = None,
     ) -> None:
         """Args:
@@ -67,7 +74,7 @@ class Case:
         self.lower_bound = -5.0 if gate == "bounded" else None
 
     def ours(self) -> tuple[torch.Tensor, torch.Tensor]:
-        bounds = None if self.bounds is None else torch.tensor(self.bounds, device=timing.DEVICE)
+        bounds = None if self.bounds is None else torch.as_tensor(self.bounds, device=timing.DEVICE)
         return chunk_kda(
             **self.inputs,
             output_final_state=True,
@@ -105,6 +112,12 @@ class Case:
             for name, x, y in found
             if y.any()
         }
+
+    def results(self, o_grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output, the final state, and every gradient of the product with `o_grad`."""
+        leaves = [x.requires_grad_() for x in self.inputs.values()]
+        o, state = self.ours()
+        return (o.detach(), state.detach(), *torch.autograd.grad(o, leaves, o_grad))
 
     def too_large(self, errors: dict[str, float]) -> list[str]:
         """Names of what is out of tolerance; NaN is."""
@@ -156,6 +169,7 @@ CASES: tuple[tuple[str, tuple[int, ...], dict[str, object]], ...] = (
     ("K = V = 256", (1, 200, 2, 2, 256, 256), {}),
     ("K = 80, V = 48", (1, 130, 2, 2, 80, 48), {"dtype": torch.float32}),
     ("K = V = 128", (1, 130, 2, 2, 128, 128), {"dtype": torch.float32}),
+    ("K = 33, V = 255", (1, 130, 1, 2, 33, 255), {}),
     ("K = 64, V = 100", (1, 130, 2, 2, 64, 100), {"dtype": torch.float16}),
 )
 
@@ -175,18 +189,99 @@ def run_case(index: int, choice: chunk.Choice) -> dict[str, object]:
 
 
 def causal_and_deterministic(choice: chunk.Choice) -> dict[str, object]:
-    """Whether changing the future changes no bit before it, and whether two calls give equal bits."""
+    """Whether changing the future changes no bit before it, whether two calls give equal bits, gradients
+    included, and whether calls never wait for the device.
+    """
     chunk.CHOICE = choice
+    case = Case((1, 200, 2, 2, 128, 128), bounds=[0, 1, 130, 200])
+    case.bounds = torch.tensor(case.bounds, device=timing.DEVICE)
+    o_grad = torch.randn_like(case.inputs["v"])
+    once = case.results(o_grad)
+    timing.forbid_waiting(True)
+    try:
+        again = case.results(o_grad)
+    finally:
+        timing.forbid_waiting(False)
+    deterministic = all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
     case = Case((1, 200, 2, 2, 128, 128))
     with torch.no_grad():
-        before, again = case.ours()[0], case.ours()[0]
+        before = case.ours()[0]
         for name in NAMES:
             case.inputs[name][:, 101:] = 30 * torch.randn_like(case.inputs[name][:, 101:])
         after = case.ours()[0]
     causal = torch.equal(before[:, :101], after[:, :101]) and not torch.equal(before, after)
-    facts = {"causal": causal, "deterministic": torch.equal(before, again)}
+    return verdict("bits", choice, causal=causal, deterministic=deterministic)
+
+
+def far_addresses(choices: list[chunk.Choice]) -> list[dict[str, object]]:
+    """Whether the last sequence of a batch whose tensors take more than 2^31 numbers gives the same bits as
+    alone: inputs and outputs forwards, states backwards.
+    """
+    verdicts = []
+    for choice in choices:
+        chunk.CHOICE = choice
+        facts = {name: same_at_the_end(FAR_REPEATS[name], name == "backward") for name in FAR_REPEATS}
+        verdicts.append(verdict("far addresses", choice, **facts))
+    return verdicts
+
+
+def same_at_the_end(repeats: int, backward: bool) -> bool:
+    shape = (1, FAR_TOKENS, FAR_HEADS, FAR_HEADS, HEAD_DIM, HEAD_DIM)
+    last = Case(shape, bounds=[0, FAR_TOKENS])
+    whole = copy(last)
+    whole.bounds = [0, repeats * FAR_TOKENS, (repeats + 1) * FAR_TOKENS]
+    whole.inputs = {
+        name: x.repeat(1, repeats + 1, *[1] * (x.dim() - 2)) if name in NAMES else x
+        for name, x in last.inputs.items()
+    }
+    whole.inputs["initial_state"] = last.inputs["initial_state"].repeat(2, 1, 1, 1)
+    if not backward:
+        with torch.no_grad():
+            return torch.equal(whole.ours()[0][:, -FAR_TOKENS:], last.ours()[0])
+    o_grad = torch.randn_like(last.inputs["v"])
+    whole_grad = torch.zeros_like(whole.inputs["v"])
+    whole_grad[:, -FAR_TOKENS:] = o_grad
+    gradients = slice(2, 2 + len(NAMES))
+    pairs = zip(whole.results(whole_grad)[gradients], last.results(o_grad)[gradients], strict=True)
+    return all(torch.equal(x[:, -FAR_TOKENS:], y) for x, y in pairs)
+
+
+def verdict(case: str, choice: chunk.Choice, **facts: bool) -> dict[str, object]:
     wrong = [name for name, holds in facts.items() if not holds]
-    return {"case": "bits", "choice": str(choice), **facts, "out_of_tolerance": wrong}
+    return {"case": case, "choice": str(choice), **facts, "out_of_tolerance": wrong}
+
+
+def decode_step(dim: int, state_dtype: torch.dtype) -> dict[str, object]:
+    """The decode step's errors against the same step in float64; whether slots that no sequence names keep
+    their NaN.
+    """
+    heads, width, slots = 4, 4, torch.tensor([3, -1, 0, 5], device=timing.DEVICE)
+    channels = 3 * heads * dim
+    x = {
+        "qkv": normal(4, channels), "conv_weight": normal(channels, width) / 2,
+        "conv_state": normal(8, width - 1, channels), "g": normal(4, heads, dim), "beta": normal(4, heads),
+        "A_log": normal(heads).uniform_(1, 16).log(), "dt_bias": normal(heads * dim) - 3,
+        "state": normal(8, heads, dim, dim), "output_gate": normal(4, heads, dim), "norm_weight": normal(dim),
+    }  # fmt: skip
+    unnamed = [1, 2, 4, 6, 7]
+    for name in ("conv_state", "state"):
+        x[name][unnamed] = float("nan")
+    rounded = ("qkv", "conv_weight", "conv_state", "g", "beta", "output_gate", "norm_weight")
+    x = {name: tensor.bfloat16() if name in rounded else tensor for name, tensor in x.items()}
+    x["state"] = x["state"].to(state_dtype)
+    exact = {name: tensor.cpu().double() for name, tensor in x.items()}
+    o = kda_decode_step(**x, slots=slots)
+    wanted = kda_decode_step(**exact, slots=slots.cpu())
+    used = slots[slots >= 0]
+    found = {"o": (o, wanted), "state": (x["state"][used], exact["state"][used.cpu()])}
+    errors = {name: float((y.cpu().double() - z).norm() / z.norm()) for name, (y, z) in found.items()}
+    facts = {
+        "o": errors["o"] <= 0.004, "state": errors["state"] <= 0.004,
+        "poison": bool(x["state"][unnamed].isnan().all() and x["conv_state"][unnamed].isnan().all()),
+        "padding": not o[1].any(),
+    }  # fmt: skip
+    case = f"decode step, K = V = {dim}, state {str(state_dtype).removeprefix('torch.')}"
+    return {**verdict(case, chunk.CHOICE, **facts), "errors": errors}
 
 
 def launch_everything() -> None:
@@ -219,16 +314,19 @@ def launch_everything() -> None:
 
 def check(results: timing.Results, choices: list[chunk.Choice], executor: Executor) -> bool:
     """Whether everything is within tolerance."""
-    jobs = [executor.submit(causal_and_deterministic, choice) for choice in choices]
+    jobs = [executor.submit(far_addresses, choices)]
+    jobs += [executor.submit(causal_and_deterministic, choice) for choice in choices]
+    jobs += [executor.submit(decode_step, *sizes) for sizes in DECODE_SIZES]
     jobs += [executor.submit(run_case, index, choice) for choice in choices for index in range(len(CASES))]
     right = True
     for job in jobs:
         try:
-            facts = job.result()
+            result = job.result()
         except Exception as error:
-            facts = {"error": f"{type(error).__name__}: {error}"[-500:], "out_of_tolerance": ["all"]}
-        results.add(**facts)
-        right &= not facts["out_of_tolerance"]
+            result = {"error": f"{type(error).__name__}: {error}"[-500:], "out_of_tolerance": ["all"]}
+        for facts in result if isinstance(result, list) else [result]:
+            results.add(**facts)
+            right &= not facts["out_of_tolerance"]
     return right
 
 

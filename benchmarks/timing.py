@@ -33,6 +33,11 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def forbid_waiting(forbidden: bool) -> None:
+    """Whether a call that waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Bytes that a call, its kernels already compiled, holds at its peak above what was held before."""
     synchronize()

@@ -35,6 +35,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "bytes_per_ms": lambda: 1e6,
         "peak_bytes": peak,
         "synchronize": lambda: None,
+        "forbid_waiting": lambda _: None,
         "device_name": lambda: "CPU",
     }.items():
         monkeypatch.setattr(timing, name, stand_in)
@@ -192,6 +193,9 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     small = [(name, (*shape[:4], 16, 16), options) for name, shape, options in chosen]
     monkeypatch.setattr(kda_check, "CASES", small)
+    monkeypatch.setattr(kda_check, "HEAD_DIM", 16)
+    monkeypatch.setattr(kda_check, "FAR_HEADS", 2)
+    monkeypatch.setattr(kda_check, "FAR_REPEATS", {"forward": 2, "backward": 1})
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -199,8 +203,9 @@ def test_the_check_passes_a_right_kernel_and_says_what_it_found(tmp_path: Path) 
     results = timing.Results(tmp_path / "errors.json")
     assert kda_check.check(results, [chunk.CHOICE], Inline())
     cases = read(tmp_path / "errors.json")
-    assert len(cases) == 4
-    assert all("beta" in case["errors"] for case in cases[1:])
+    assert [case["case"] for case in cases[:2]] == ["far addresses", "bits"]
+    assert len(cases) == 2 + len(kda_check.DECODE_SIZES) + 3
+    assert all("beta" in case["errors"] for case in cases[-3:])
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -218,7 +223,7 @@ def test_the_check_names_what_is_out_of_tolerance(tmp_path: Path, monkeypatch: p
 def test_the_check_goes_on_past_a_case_that_fails(tmp_path: Path) -> None:
     class Failing(Inline):
         def submit(self, call: Callable, *arguments: object) -> Future:  # type: ignore[override]
-            if call is kda_check.run_case:
+            if call is not kda_check.far_addresses:
                 return super().submit(call, *arguments)
             future: Future = Future()
             future.set_exception(RuntimeError("does not compile"))
@@ -227,7 +232,8 @@ def test_the_check_goes_on_past_a_case_that_fails(tmp_path: Path) -> None:
     assert not kda_check.check(timing.Results(tmp_path / "errors.json"), [chunk.CHOICE], Failing())
     first, *others = read(tmp_path / "errors.json")
     assert "does not compile" in first["error"]
-    assert len(others) == 3
+    assert len(others) == 1 + len(kda_check.DECODE_SIZES) + 3
+    assert not any(case["out_of_tolerance"] for case in others)
 
 
 def test_a_sanitizers_run_launches_every_kernel_of_a_layer() -> None:
