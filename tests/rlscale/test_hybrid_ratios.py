@@ -89,7 +89,8 @@ def test_a_hybrid_of_any_ratio_draws_and_learns(architecture: Architecture) -> N
 
 
 def test_every_run_of_the_study_can_start() -> None:
-    sweep = load_config(SweepConfig, STUDY)
+    from_scratch = ("run.model.checkpoint=null", "run.model.preset=small")  # in place of trained policies
+    sweep = load_config(SweepConfig, STUDY, from_scratch)
     assert sweep.architectures == ["mla", "hybrid_1to1", "hybrid_3to1", "hybrid_7to1"]
     for run in sweep.cells():
         check(run)
