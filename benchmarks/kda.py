@@ -1,13 +1,12 @@
 """Times Kimi Delta Attention on a GPU, beside flash-linear-attention, if installed, and full attention.
 
-    python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers] [--candidates]
+    python -m benchmarks.kda [--output benchmarks/results/kda_h100.json] [--without-peers]
 
 Medians of repeated calls by device events, normal inputs, bfloat16, K = V = 128, the unbounded gate.
 The file is written again after every case, so a run cut short leaves what it measured; a case that fails
 says so in it, and the next one follows. It begins with the first training step of the process, compilation
 included, goes on with the cases that have targets, full attention beside them, and the decode step, and ends
-with flash-linear-attention over all cases. --candidates times instead what `chunk.Choice` offers, each
-against the default, and nothing else.
+with flash-linear-attention over all cases.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -24,7 +22,6 @@ import torch.nn.functional as F
 
 from benchmarks import kda_decode, peers, timing
 from kimi_linear.ops import chunk_kda
-from kimi_linear.ops.triton import chunk
 
 HEAD_DIM = 128
 
@@ -251,38 +248,17 @@ def measure(results: timing.Results, with_peers: bool) -> None:
             measurement.compare(peer)
 
 
-def measure_candidates(results: timing.Results) -> None:
-    """The default and each of its alternatives, one switch at a time, then all together."""
-    names = [field.name for field in fields(chunk.Choice)]
-    default = chunk.CHOICE
-    others = [replace(default, **{name: not getattr(default, name)}) for name in names]
-    every = chunk.Choice(**dict.fromkeys(names, True))
-    for choice in dict.fromkeys((default, *others, every)):
-        chunk.CHOICE = choice
-        measurement = Measurement(results, attention=False)
-        results.add(case=f"the next cases: {choice}")
-        for tokens in (1024, 8192):
-            for backward in (False, True):
-                measurement.shape(backward, "uniform", 1, tokens, 32)
-        measurement.graph(1024)
-    chunk.CHOICE = default
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kda_h100.json"))
     parser.add_argument("--without-peers", action="store_true")
-    parser.add_argument("--candidates", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.kda needs a CUDA device, found none\n")
     results = timing.Results(arguments.output)
-    if arguments.candidates:
-        measure_candidates(results)
-    else:
-        measure(results, not arguments.without_peers)
+    measure(results, not arguments.without_peers)
 
 
 if __name__ == "__main__":

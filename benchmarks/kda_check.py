@@ -4,15 +4,13 @@
     compute-sanitizer --tool memcheck python -m benchmarks.kda_check --launch-only
 
 Fresh random inputs, seeds in the results. Relative RMS errors of the output, the final state and every
-gradient; the exit status is 1 if one is above its tolerance. --candidates checks what `chunk.Choice` offers
-too, all of it at once.
+gradient; the exit status is 1 if one is above its tolerance.
 """
 
 import argparse
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from copy import copy
-from dataclasses import fields
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,12 +22,11 @@ from benchmarks import timing
 from kimi_linear.ops import chunk_kda, gated_rms_norm, kda_decode_step, short_convolution
 from kimi_linear.ops.arguments import activate
 from kimi_linear.ops.reference import recurrent_kda
-from kimi_linear.ops.triton import chunk
 
 # Of results and of gradients.
 TOLERANCES = {torch.bfloat16: (0.004, 0.006), torch.float16: (0.004, 0.006), torch.float32: (1e-5, 1e-5)}
 NAMES = ("q", "k", "v", "g", "beta")
-PROCESSES = 10
+PROCESSES = 14
 HEAD_DIM = 128
 # Of one sequence, and how often another repeats it: more than 2^31 numbers in q, and in the states that the
 # backward pass keeps.
@@ -174,25 +171,23 @@ CASES: tuple[tuple[str, tuple[int, ...], dict[str, object]], ...] = (
 )
 
 
-def run_case(index: int, choice: chunk.Choice) -> dict[str, object]:
+def run_case(index: int) -> dict[str, object]:
     """Errors of one of CASES, and which of them are out of tolerance."""
-    chunk.CHOICE = choice
     seed = torch.seed()
     name, shape, options = CASES[index]
     case = Case(shape, **options)
     errors = case.errors()
     return {
-        "case": name, "choice": str(choice), "shape": shape, "dtype": str(case.dtype).removeprefix("torch."),
+        "case": name, "shape": shape, "dtype": str(case.dtype).removeprefix("torch."),
         "seed": seed, "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
         "out_of_tolerance": case.too_large(errors),
     }  # fmt: skip
 
 
-def causal_and_deterministic(choice: chunk.Choice) -> dict[str, object]:
+def causal_and_deterministic() -> dict[str, object]:
     """Whether changing the future changes no bit before it, whether two calls give equal bits, gradients
     included, and whether calls never wait for the device.
     """
-    chunk.CHOICE = choice
     case = Case((1, 200, 2, 2, 128, 128), bounds=[0, 1, 130, 200])
     case.bounds = torch.tensor(case.bounds, device=timing.DEVICE)
     o_grad = torch.randn_like(case.inputs["v"])
@@ -210,19 +205,15 @@ def causal_and_deterministic(choice: chunk.Choice) -> dict[str, object]:
             case.inputs[name][:, 101:] = 30 * torch.randn_like(case.inputs[name][:, 101:])
         after = case.ours()[0]
     causal = torch.equal(before[:, :101], after[:, :101]) and not torch.equal(before, after)
-    return verdict("bits", choice, causal=causal, deterministic=deterministic)
+    return verdict("bits", causal=causal, deterministic=deterministic)
 
 
-def far_addresses(choices: list[chunk.Choice]) -> list[dict[str, object]]:
+def far_addresses() -> dict[str, object]:
     """Whether the last sequence of a batch whose tensors take more than 2^31 numbers gives the same bits as
     alone: inputs and outputs forwards, states backwards.
     """
-    verdicts = []
-    for choice in choices:
-        chunk.CHOICE = choice
-        facts = {name: same_at_the_end(FAR_REPEATS[name], name == "backward") for name in FAR_REPEATS}
-        verdicts.append(verdict("far addresses", choice, **facts))
-    return verdicts
+    facts = {name: same_at_the_end(repeats, name == "backward") for name, repeats in FAR_REPEATS.items()}
+    return verdict("far addresses", **facts)
 
 
 def same_at_the_end(repeats: int, backward: bool) -> bool:
@@ -246,9 +237,9 @@ def same_at_the_end(repeats: int, backward: bool) -> bool:
     return all(torch.equal(x[:, -FAR_TOKENS:], y) for x, y in pairs)
 
 
-def verdict(case: str, choice: chunk.Choice, **facts: bool) -> dict[str, object]:
+def verdict(case: str, **facts: bool) -> dict[str, object]:
     wrong = [name for name, holds in facts.items() if not holds]
-    return {"case": case, "choice": str(choice), **facts, "out_of_tolerance": wrong}
+    return {"case": case, **facts, "out_of_tolerance": wrong}
 
 
 def decode_step(dim: int, state_dtype: torch.dtype) -> dict[str, object]:
@@ -281,13 +272,13 @@ def decode_step(dim: int, state_dtype: torch.dtype) -> dict[str, object]:
         "padding": not o[1].any(),
     }  # fmt: skip
     case = f"decode step, K = V = {dim}, state {str(state_dtype).removeprefix('torch.')}"
-    return {**verdict(case, chunk.CHOICE, **facts), "errors": errors}
+    return {**verdict(case, **facts), "errors": errors}
 
 
 def launch_everything() -> None:
     """Every kernel of a layer once, forwards and backwards, on small inputs."""
-    for bounds in (None, [0, 1, 1, 64, 130]):
-        case = Case((1, 130, 2, 2, 128, 128), bounds=bounds)
+    for tokens, bounds in ((130, None), (1, None), (130, [0, 1, 1, 64, 130])):
+        case = Case((1, tokens, 2, 2, 128, 128), bounds=bounds)
         leaves = [x.requires_grad_() for x in case.inputs.values()]
         o, state = case.ours()
         torch.autograd.grad((o, state), leaves, (torch.randn_like(o), torch.randn_like(state)))
@@ -312,21 +303,26 @@ def launch_everything() -> None:
     timing.synchronize()
 
 
-def check(results: timing.Results, choices: list[chunk.Choice], executor: Executor) -> bool:
+OTHER_CHECKS = {"far addresses": far_addresses, "bits": causal_and_deterministic}
+
+
+def check(results: timing.Results, executor: Executor) -> bool:
     """Whether everything is within tolerance."""
-    jobs = [executor.submit(far_addresses, choices)]
-    jobs += [executor.submit(causal_and_deterministic, choice) for choice in choices]
-    jobs += [executor.submit(decode_step, *sizes) for sizes in DECODE_SIZES]
-    jobs += [executor.submit(run_case, index, choice) for choice in choices for index in range(len(CASES))]
+    jobs = {
+        "far addresses": executor.submit(far_addresses),
+        "bits": executor.submit(causal_and_deterministic),
+    }
+    jobs |= {f"decode step {sizes}": executor.submit(decode_step, *sizes) for sizes in DECODE_SIZES}
+    jobs |= {f"{index}: {case[0]}": executor.submit(run_case, index) for index, case in enumerate(CASES)}
     right = True
-    for job in jobs:
+    for name, job in jobs.items():
         try:
-            result = job.result()
+            facts = job.result()
         except Exception as error:
-            result = {"error": f"{type(error).__name__}: {error}"[-500:], "out_of_tolerance": ["all"]}
-        for facts in result if isinstance(result, list) else [result]:
-            results.add(**facts)
-            right &= not facts["out_of_tolerance"]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            facts = {"case": name, "error": reason, "out_of_tolerance": ["all"]}
+        results.add(**facts)
+        right &= not facts["out_of_tolerance"]
     return right
 
 
@@ -336,21 +332,15 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kda_errors_h100.json"))
     parser.add_argument("--launch-only", action="store_true")
-    parser.add_argument("--candidates", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.kda_check needs a CUDA device, found none\n")
-    choices = [chunk.CHOICE]
-    if arguments.candidates:
-        choices.append(chunk.Choice(**dict.fromkeys((field.name for field in fields(chunk.Choice)), True)))
     if arguments.launch_only:
-        for choice in choices:
-            chunk.CHOICE = choice
-            launch_everything()
+        launch_everything()
         return
     # Side by side, because most of the time goes to compilation.
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as executor:
-        right = check(timing.Results(arguments.output), choices, executor)
+        right = check(timing.Results(arguments.output), executor)
     parser.exit(0 if right else 1)
 
 

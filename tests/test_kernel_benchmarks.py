@@ -14,7 +14,6 @@ from triton.runtime.autotuner import Autotuner
 
 from benchmarks import kda, kda_check, kda_decode, peers, timing
 from kimi_linear.ops import chunk_kda
-from kimi_linear.ops.triton import chunk
 
 
 @pytest.fixture(autouse=True)
@@ -113,20 +112,6 @@ def test_without_its_package_the_peer_is_named_as_missing(monkeypatch: pytest.Mo
     assert "not installed" in str(facts["fla_error"])
 
 
-def test_candidates_are_measured_one_switch_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    monkeypatch.setattr(kda.Measurement, "shape", lambda *_: seen.append(chunk.CHOICE))
-    monkeypatch.setattr(kda.Measurement, "graph", lambda *_: None)
-    default = chunk.CHOICE
-    kda.measure_candidates(timing.Results(tmp_path / "kda.json"))
-    assert default == chunk.CHOICE
-    assert seen[0] == default
-    changed = [sum(getattr(choice, n) != getattr(default, n) for n in vars(default)) for choice in set(seen)]
-    assert sorted(changed) == [0, *[1] * len(vars(default)), len(vars(default))]
-
-
 def test_the_crossover_is_the_length_from_which_all_are_ahead() -> None:
     assert kda.crossover({1: 2.0, 2: 1.0, 4: 3.0, 8: 4.0}, {1: 1.0, 2: 2.0, 4: 3.0, 8: 9.0}) == 2
     assert kda.crossover({1: 2.0}, {1: 1.0}) is None
@@ -201,7 +186,7 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_cases")
 def test_the_check_passes_a_right_kernel_and_says_what_it_found(tmp_path: Path) -> None:
     results = timing.Results(tmp_path / "errors.json")
-    assert kda_check.check(results, [chunk.CHOICE], Inline())
+    assert kda_check.check(results, Inline())
     cases = read(tmp_path / "errors.json")
     assert [case["case"] for case in cases[:2]] == ["far addresses", "bits"]
     assert len(cases) == 2 + len(kda_check.DECODE_SIZES) + 3
@@ -215,7 +200,7 @@ def test_the_check_names_what_is_out_of_tolerance(tmp_path: Path, monkeypatch: p
         return o, 1.01 * state
 
     monkeypatch.setattr(kda_check, "chunk_kda", wrong)
-    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), [chunk.CHOICE], Inline())
+    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), Inline())
     assert "state" in read(tmp_path / "errors.json")[-1]["out_of_tolerance"]
 
 
@@ -229,7 +214,7 @@ def test_the_check_goes_on_past_a_case_that_fails(tmp_path: Path) -> None:
             future.set_exception(RuntimeError("does not compile"))
             return future
 
-    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), [chunk.CHOICE], Failing())
+    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), Failing())
     first, *others = read(tmp_path / "errors.json")
     assert "does not compile" in first["error"]
     assert len(others) == 1 + len(kda_check.DECODE_SIZES) + 3

@@ -344,7 +344,8 @@ class Kernel:
 def interpreted() -> Iterator[None]:
     """Let modules imported inside see this interpreter where they import Gluon."""
     gluon = types.ModuleType("triton.experimental.gluon")
-    gluon.jit, gluon.language = Kernel, LANGUAGE  # type: ignore[attr-defined]
+    gluon.jit = lambda fn=None, **_: Kernel if fn is None else Kernel(fn)  # type: ignore[attr-defined]
+    gluon.language = LANGUAGE  # type: ignore[attr-defined]
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.mma_v2 = hopper.warpgroup_mma = multiply_matrices  # type: ignore[attr-defined]
     hopper.fence_async_shared = lambda: None  # type: ignore[attr-defined]
@@ -377,7 +378,7 @@ def load_hopper_kernels() -> types.SimpleNamespace:
     """The Hopper kernels by name, from fresh copies of their modules, which use one another's."""
     kernels = {}
     with mock.patch.dict(sys.modules):
-        for name in ("prepare_hopper", "gradient_hopper", "gradient_ahead", "scan_hopper"):
+        for name in ("prepare_hopper", "gradient_hopper", "scan_hopper"):
             module = load_interpreted(f"kimi_linear.ops.triton.{name}")
             sys.modules[module.__name__] = module
             kernels[name] = getattr(module, f"{name}_kernel")

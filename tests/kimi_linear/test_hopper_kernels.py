@@ -41,10 +41,10 @@ else:
         compares what they wrote.
         """
 
-        def __init__(self, portable, hopper, written, rounded, names, **more) -> None:  # type: ignore[no-untyped-def]
+        def __init__(self, portable, hopper, written, rounded, names) -> None:  # type: ignore[no-untyped-def]
             self.portable, self.hopper = portable, hopper
             self.written, self.rounded, self.names = written, rounded, names
-            self.more, self.errors = more, {}
+            self.errors: dict[str, float] = {}
 
         def __getitem__(self, grid):  # type: ignore[no-untyped-def]
             def launch(*arguments, **constants):  # type: ignore[no-untyped-def]
@@ -55,8 +55,7 @@ else:
                         own[i] = x.bfloat16()
                     if isinstance(x, torch.Tensor) and i in self.written:
                         own[i] = torch.full_like(own[i], float("nan"))
-                shared = {name: constants[name] for name in (*SHARED, *self.names)}
-                self.hopper[grid](*own, **shared, **self.more)
+                self.hopper[grid](*own, **{name: constants[name] for name in (*SHARED, *self.names)})
                 for i, name in self.written.items():
                     expected = arguments[i]
                     if expected is not None:
@@ -69,7 +68,7 @@ else:
 
             return launch
 
-    def run_both(monkeypatch, gradient_to_check, inputs, **options):  # type: ignore[no-untyped-def]
+    def run_both(monkeypatch, inputs, **options):  # type: ignore[no-untyped-def]
         """Forward and backward with the portable kernels; errors of both Hopper kernels on the way."""
         prepare = BothKernels(
             prepare_kernel,
@@ -77,11 +76,10 @@ else:
             {6: "read_keys", 7: "queries", 8: "write_keys", 9: "decay", 11: "inverse", 14: "attention"},
             {0, 1, 2, 3, 6, 7, 8, 11, 14},
             ("H",),
-            AHEAD=gradient_to_check is hopper.gradient_ahead,
         )
         gradient = BothKernels(
             gradient_kernel,
-            gradient_to_check,
+            hopper.gradient_hopper,
             {12: "dq", 13: "dk", 14: "dv", 15: "dg", 16: "dbeta", 17: "bias", 18: "rate"},
             {0, 1, 2, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16},
             ("V",),
@@ -112,9 +110,8 @@ else:
         ("bounds", "heads", "size", "activated", "lower_bound"),
         [([0, 70], 1, 64, False, None), ([0, 1, 1, 40], 2, 32, False, -5.0), ([0, 64], 1, 32, True, None)],
     )
-    @pytest.mark.parametrize("gradient", ["gradient_hopper", "gradient_ahead"])
     def test_both_kernels_write_what_the_portable_ones_write(  # type: ignore[no-untyped-def]
-        monkeypatch, gradient, bounds, heads, size, activated, lower_bound
+        monkeypatch, bounds, heads, size, activated, lower_bound
     ) -> None:
         options = {
             "use_qk_l2norm_in_kernel": True,
@@ -123,9 +120,7 @@ else:
             "lower_bound": lower_bound,
             "cu_seqlens": torch.tensor(bounds) if len(bounds) > 2 else None,
         }
-        prepared, gradients = run_both(
-            monkeypatch, getattr(hopper, gradient), new_inputs(bounds[-1], heads, size, activated), **options
-        )
+        prepared, gradients = run_both(monkeypatch, new_inputs(bounds[-1], heads, size, activated), **options)
         assert set(prepared) == {"read_keys", "queries", "write_keys", "decay", "inverse", "attention"}
         assert {"dq", "dk", "dv", "dg", "dbeta"} <= set(gradients)
         print(prepared, gradients)

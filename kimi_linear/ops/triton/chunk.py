@@ -8,7 +8,6 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from kimi_linear.ops.triton.gradient import gradient_kernel
-from kimi_linear.ops.triton.gradient_ahead import gradient_ahead_kernel
 from kimi_linear.ops.triton.gradient_hopper import gradient_hopper_kernel
 from kimi_linear.ops.triton.packing import CHUNK, chunk_table
 from kimi_linear.ops.triton.prepare import prepare_kernel
@@ -26,25 +25,6 @@ HOPPER_OPTIONS = {"num_warps": WARPS}
 GRADIENT_OPTIONS = {"BK": 16, "num_warps": 4, "num_stages": 1}
 WIDE_GRADIENT_OPTIONS = {"BK": 32, "num_warps": 2, "num_stages": 1}
 SCAN_STAGES = 3
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Between ways to do the same work, until an H100 has timed them: only `python -m benchmarks.kda
-    --candidates` and the check beside it choose others than the defaults.
-    """
-
-    # On Hopper, scans that keep no states run in Gluon with the state transposed.
-    hopper_scan: bool = False
-    # What `prepare` writes stays in memory from the forward to the backward pass instead of being made again.
-    keep_prepared: bool = False
-    # On Hopper, gradients by `gradient_ahead_kernel`.
-    gradient_ahead: bool = False
-    # On Hopper, `prepare` copies its inputs to shared memory beforehand.
-    prepare_ahead: bool = False
-
-
-CHOICE = Choice()
 
 
 def fit(options: dict[str, int], padded_key_dim: int) -> dict[str, int]:
@@ -197,7 +177,6 @@ def prepare(
             HV=p.value_heads,
             K=p.key_dim,
             VARLEN=p.cu_seqlens is not None,
-            AHEAD=CHOICE.prepare_ahead,
             **p.activations,
             **HOPPER_OPTIONS,
         )
@@ -224,7 +203,7 @@ def scan_forward(
     deltas: torch.Tensor | None,
     delta_rest: torch.Tensor | None,
 ) -> None:
-    if CHOICE.hopper_scan and states is None and p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
+    if states is None and p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
         scan_hopper_kernel[(p.value_dim // SLICE, p.sequences * p.value_heads)](
             prepared.read_keys, prepared.queries, prepared.write_keys, prepared.decay, prepared.scales,
             prepared.attention, v, o, initial_state, final_state, p.starts, p.cu_seqlens, p.tokens, p.scale,
@@ -250,26 +229,24 @@ def new_final_state(p: Problem, like: torch.Tensor) -> torch.Tensor:
 
 
 class ChunkKDA(torch.autograd.Function):
-    """Keeps its inputs; the backward pass computes the rest again (about a quarter of its time), but for
-    `Choice.keep_prepared`.
+    """Keeps its inputs and what `prepare` made of them; the backward pass computes the rest again. To hold
+    less between the two, checkpoint the layer.
     """
 
     @staticmethod
     def forward(ctx, p, q, k, v, g, beta, a_log, dt_bias, initial_state, output_final_state):
-        keep = CHOICE.keep_prepared and any(ctx.needs_input_grad)
-        prepared = prepare(p, q, k, g, beta, a_log, dt_bias, backward=keep)
+        prepared = prepare(p, q, k, g, beta, a_log, dt_bias, backward=any(ctx.needs_input_grad))
         o = torch.empty_like(v)
         final_state = new_final_state(p, v) if output_final_state else None
         scan_forward(p, prepared, v, o, initial_state, final_state, None, None, None)
         ctx.problem = p
-        kept = vars(prepared).values() if keep else ()
-        ctx.save_for_backward(q, k, v, g, beta, a_log, dt_bias, initial_state, *kept)
+        ctx.save_for_backward(q, k, v, g, beta, a_log, dt_bias, initial_state, *vars(prepared).values())
         return o, final_state
 
     @staticmethod
     def backward(ctx, do, final_state_grad):
         p: Problem = ctx.problem
-        q, k, v, g, beta, a_log, dt_bias, initial_state, *kept = ctx.saved_tensors
+        q, k, v, g, beta, a_log, dt_bias, initial_state, *prepared = ctx.saved_tensors
         do = do.contiguous()
         if final_state_grad is not None:
             final_state_grad = final_state_grad.contiguous()
@@ -278,7 +255,7 @@ class ChunkKDA(torch.autograd.Function):
         value_shape = (*blocks, CHUNK, p.padded_value_dim)
         # Value channels that a slice pads are never written, and the gradient reads them: zeros.
         new = torch.empty if p.value_dim == p.padded_value_dim else torch.zeros
-        prepared = Prepared(*kept) if kept else prepare(p, q, k, g, beta, a_log, dt_bias, backward=True)
+        prepared = Prepared(*prepared)
         states = new(state_shape, dtype=p.operand, device=v.device)
         deltas = new(value_shape, dtype=p.operand, device=v.device)
         delta_rest = None if prepared.inverse_rest is None else torch.empty_like(deltas)
@@ -299,8 +276,7 @@ class ChunkKDA(torch.autograd.Function):
             **options,
         )  # fmt: skip
         # The gradients below may take the memory of what only the scans needed.
-        scales = prepared.scales
-        del prepared, kept, delta_rest
+        del delta_rest
 
         groups = p.value_heads // p.heads
         per_head = (*q.shape[:2], p.value_heads, p.key_dim)
@@ -311,14 +287,13 @@ class ChunkKDA(torch.autograd.Function):
         bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
         rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
         arguments = (
-            q, k, g, a_log, dt_bias, do, states, deltas, state_grads, error_grads, beta_parts, scales, dq, dk,
-            dv, dg, dbeta, bias_parts, rate_parts, p.table, p.cu_seqlens, p.tokens, p.sequences, slices,
-            p.scale, p.lower_bound,
+            q, k, g, a_log, dt_bias, do, states, deltas, state_grads, error_grads, beta_parts,
+            prepared.scales, dq, dk, dv, dg, dbeta, bias_parts, rate_parts, p.table, p.cu_seqlens, p.tokens,
+            p.sequences, slices, p.scale, p.lower_bound,
         )  # fmt: skip
         grid = (p.chunks * p.value_heads,)
         if p.on_hopper(q.device) and groups == 1 and p.value_dim == p.padded_value_dim >= TILE:
-            kernel = gradient_ahead_kernel if CHOICE.gradient_ahead else gradient_hopper_kernel
-            kernel[grid](
+            gradient_hopper_kernel[grid](
                 *arguments,
                 HV=p.heads,
                 K=p.key_dim,

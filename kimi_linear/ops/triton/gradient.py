@@ -16,6 +16,7 @@ from kimi_linear.ops.triton.tiles import (
     LN2,
     LOG2E,
     NO_GATE,
+    SIZES,
     double_segments,
     double_sub_chunks,
     level_decay,
@@ -92,7 +93,7 @@ def value_products(
     return pair, pair_t, gram * row_scale[:, :, None], gram_t * row_scale[:, None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     q,
     k,

@@ -4,11 +4,19 @@ A warp owns a sub-chunk. Here sums run over tokens, so tiles stand as [sub-chunk
 keys are the first operand of a product, a block of the attention's gradient is the second, and what comes
 back lies as the keys did. So the levels of the tree inside a sub-chunk move no data between lanes. A lane's
 channels are neighbours in memory; which channel is which row of a tile does not matter to the products.
+
+Nothing is loaded right before its use: q and k are copied whole into the shared memory that their gradients
+take later, g comes a tile ahead, and so do the rows of the states, which lie where the squares were.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mma_v2, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mma_v2,
+    warpgroup_mma,
+)
 
 from kimi_linear.ops.triton.prepare_hopper import (
     BLOCK_LAYOUT,
@@ -17,27 +25,30 @@ from kimi_linear.ops.triton.prepare_hopper import (
     ROWS_LAYOUT,
     SECOND_LAYOUT,
     TILE_LAYOUT,
+    barrier,
     exchange,
     keep,
     leading,
     log2_decay,
     place_chunk,
 )
-from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE
+from kimi_linear.ops.triton.tiles import BOUNDED_GATE, NO_GATE, SIZES
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
-# [sub-chunk, token, channel], four channels a lane: a pair for each of two tiles of 16.
+# [token, channel], two channels a lane: with channels before tokens, the layout of a product's result.
 PAIR_LAYOUT = gl.constexpr(
     gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 8, 0]],
-        lane_bases=[[0, 2, 0], [0, 4, 0], [0, 0, 4], [0, 0, 8], [0, 0, 16]],
-        warp_bases=[[1, 0, 0], [2, 0, 0]],
+        reg_bases=[[0, 1], [1, 0], [8, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 2], [0, 4], [0, 8]],
+        warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
-        shape=[4, 16, 32],
+        shape=[64, 16],
     )
 )
+
+
 # Rows of a square [64, 64] to warps, each of its blocks as a second operand of bfloat16.
 SQUARE_LAYOUT = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -53,21 +64,25 @@ SECOND = gl.constexpr(gl.DotOperandLayout(1, BLOCK_LAYOUT.value, 2))
 
 
 @gluon.jit
-def split_channels(x):
-    """The two tiles [4, 16, 16], channels before tokens, of x [4, 16, 32] in PAIR_LAYOUT."""
-    x = gl.permute(gl.reshape(x, [4, 16, 8, 2, 2]), (0, 4, 2, 1, 3))
-    x, y = gl.split(x)
-    x = gl.convert_layout(gl.reshape(x, [4, 16, 16]), BLOCK_LAYOUT, assert_trivial=True)
-    y = gl.convert_layout(gl.reshape(y, [4, 16, 16]), BLOCK_LAYOUT, assert_trivial=True)
-    return x, y
+def channels_first(x):
+    """x [64, 16] in PAIR_LAYOUT as a tile [4, 16, 16]: channel c is its row 8 (c % 2) + c / 2."""
+    x = gl.reshape(gl.permute(gl.reshape(x, [4, 16, 8, 2]), (0, 3, 2, 1)), [4, 16, 16])
+    return gl.convert_layout(x, BLOCK_LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def join_channels(x, y):
-    """The inverse of `split_channels`."""
-    x = gl.join(gl.reshape(x, [4, 2, 8, 16]), gl.reshape(y, [4, 2, 8, 16]))
-    x = gl.reshape(gl.permute(x, (0, 3, 2, 4, 1)), [4, 16, 32])
+def tokens_first(x):
+    """The inverse of `channels_first`."""
+    x = gl.reshape(gl.permute(gl.reshape(x, [4, 2, 8, 16]), (0, 3, 2, 1)), [64, 16])
     return gl.convert_layout(x, PAIR_LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def load_state(slots, index: gl.constexpr, like):
+    """32 value channels of a tile's rows of a state, for all sub-chunks, as the first operand."""
+    x = slots.slice(32 * index, 32, dim=1).load(gl.SliceLayout(0, TILE_LAYOUT))
+    x, like = gl.broadcast(gl.expand_dims(x, 0), like)
+    return gl.convert_layout(fold(x), FIRST, assert_trivial=True)
 
 
 @gluon.jit
@@ -161,7 +176,7 @@ def sum_tokens(x, chosen, acc):
     return mma_v2(y, chosen, acc, input_precision="tf32")
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def gradient_hopper_kernel(
     q,
     k,
@@ -219,6 +234,26 @@ def gradient_hopper_kernel(
     deltas += block * (C * V)
     error_grads += block * (C * V)
     scales += block * (3 * C)
+
+    # What the loop over channels reads; [token, channel] by tiles, and a state's rows by 32 value channels.
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    q_slots = gl.allocate_shared_memory(q.dtype.element_ty, [K // 16, C, 16], ROWS)
+    k_slots = gl.allocate_shared_memory(k.dtype.element_ty, [K // 16, C, 16], ROWS)
+    g_slots = gl.allocate_shared_memory(g.dtype.element_ty, [2, C, 16], ROWS)
+    COPIED: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    copied_token = gl.arange(0, C, gl.SliceLayout(1, COPIED))[:, None]
+    copied_channel = gl.arange(0, 16, gl.SliceLayout(0, COPIED))[None, :]
+    copied_mask = (copied_token < length) & (copied_channel < 16)
+    copied_at = key_base + copied_token * (HV * K) + copied_channel
+    for tile in gl.static_range(K // 16):
+        async_copy.async_copy_global_to_shared(
+            q_slots.index(tile), q + copied_at + 16 * tile, mask=copied_mask
+        )
+        async_copy.async_copy_global_to_shared(
+            k_slots.index(tile), k + copied_at + 16 * tile, mask=copied_mask
+        )
+    async_copy.async_copy_global_to_shared(g_slots.index(0), g + copied_at, mask=copied_mask)
+    async_copy.commit_group()
 
     # Values to shared memory; sums over them that need no product.
     VALUES: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
@@ -312,211 +347,216 @@ def gradient_hopper_kernel(
     column_slots_sum = gl.allocate_shared_memory(gl.float32, [C], LINE)
     start_slots = gl.allocate_shared_memory(gl.float32, [C], LINE)
     end_slots = gl.allocate_shared_memory(gl.float32, [C], LINE)
-    KEYS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, order=[1, 0])
-    q_grads = gl.allocate_shared_memory(dq.dtype.element_ty, [K // 32, C, 32], KEYS)
-    k_grads = gl.allocate_shared_memory(dk.dtype.element_ty, [K // 32, C, 32], KEYS)
-
     rate = 1.0
     if a_log is not None:
         rate = gl.exp2(gl.load(a_log + hv).to(gl.float32) * LOG2E)
     rate_grad = gl.zeros([4, 16], gl.float32, BY_CHANNEL)
     q_along = gl.zeros([4, 16, 16], gl.float32, BLOCK_LAYOUT)
     k_along = gl.zeros([4, 16, 16], gl.float32, BLOCK_LAYOUT)
-    pair_token = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, PAIR_LAYOUT)))[:, None, None] * 16
-    pair_token += gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, PAIR_LAYOUT)))[None, :, None]
-    pair_channel = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, PAIR_LAYOUT)))[None, None, :]
-    pair_mask = (pair_token < length) & (pair_channel < 32)
-    pair_offsets = pair_token * (HV * K) + pair_channel
     inside = (token < length)[:, None, :] & (at_row < 16)[None, :, None]
-    state_row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, TILE_LAYOUT)))[None, :, None]
-    state_offsets = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, TILE_LAYOUT)))[None, None, :]
-    state_offsets += (4 * (state_row % 8) + state_row // 8) * V
-    state_offsets += gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, TILE_LAYOUT)))[:, None, None] * 0
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
-    wide_row = gl.arange(0, 16, gl.SliceLayout(1, WIDE))[:, None]
-    wide_offsets = (4 * (wide_row % 8) + wide_row // 8) * V + gl.arange(0, V, gl.SliceLayout(0, WIDE))[
-        None, :
-    ]
+    stored_token = gl.arange(0, C, gl.SliceLayout(1, PAIR_LAYOUT))[:, None]
+    stored_channel = gl.arange(0, 16, gl.SliceLayout(0, PAIR_LAYOUT))[None, :]
+    stored_mask = (stored_token < length) & (stored_channel < 16)
+    stored_at = key_base + stored_token * (HV * K) + stored_channel
+    # A tile's row is the channel 2 (row % 8) + row / 8 of its 16.
+    channel_of_row = 2 * (at_row % 8) + at_row // 8
+    bias_slots = gl.allocate_shared_memory(gl.float32, [K // 16, 16], LINE)
+    if dt_bias is not None:
+        for tile in gl.static_range(K // 16):
+            bias_slots.index(tile).store(
+                gl.load(dt_bias + hv * K + 16 * tile + channel_of_row).to(gl.float32)
+            )
+    STATE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
+    state_row = gl.arange(0, 16, gl.SliceLayout(1, STATE))[:, None]
+    state_at = (2 * (state_row % 8) + state_row // 8) * V + gl.arange(0, V, gl.SliceLayout(0, STATE))[None, :]
+    state_slots = gl.allocate_shared_memory(gl.bfloat16, [16, V], ROWS)
+    state_grad_slots = gl.allocate_shared_memory(gl.bfloat16, [16, V], ROWS)
+    barrier()
+    async_copy.async_copy_global_to_shared(state_slots, states + state_at)
+    async_copy.async_copy_global_to_shared(state_grad_slots, state_grads + state_at)
+    async_copy.commit_group()
+    neighbours = ((at_block_row ^ at_token) // 2) == 0
+    neighbour_pair = gl.expand_dims(gl.sum(gl.where(neighbours, own_pair + own_pair_t, 0.0), axis=1), 1)
+    neighbour_gram = gl.expand_dims(gl.sum(gl.where(neighbours, own_gram, 0.0), axis=1), 1)
     zero = gl.zeros([4, 16, 16], gl.float32, BLOCK_LAYOUT)
     one = gl.full([4, 16, 16], 1.0, gl.float32, BLOCK_LAYOUT)
-    for pair_of_tiles in range(K // 32):
-        k_start = 32 * pair_of_tiles
-        q_pair = gl.load(q + key_base + pair_offsets + k_start, mask=pair_mask, other=0.0)
-        k_pair = gl.load(k + key_base + pair_offsets + k_start, mask=pair_mask, other=0.0)
-        f_pair = gl.load(g + key_base + pair_offsets + k_start, mask=pair_mask, other=0.0)
-        q0, q1 = split_channels(q_pair.to(gl.float32))
-        k0, k1 = split_channels(k_pair.to(gl.float32))
-        f0, f1 = split_channels(f_pair.to(gl.float32))
-        q_grad0 = zero
-        k_grad0 = zero
-        f_grad0 = zero
-        for u in gl.static_range(2):
-            if u == 0:
-                q_tile = q0
-                k_tile = k0
-                f = f0
+    state_like = gl.zeros([4, 16, 32], gl.bfloat16, TILE_LAYOUT)
+    for tile in range(K // 16):
+        # Copies end in the order in which they began: this tile's g, then its states.
+        async_copy.wait_group(1)
+        barrier()
+        if tile + 1 < K // 16:
+            async_copy.async_copy_global_to_shared(
+                g_slots.index((tile + 1) % 2), g + copied_at + 16 * (tile + 1), mask=copied_mask
+            )
+        async_copy.commit_group()
+        q_tile = channels_first(q_slots.index(tile).load(PAIR_LAYOUT)).to(gl.float32)
+        k_tile = channels_first(k_slots.index(tile).load(PAIR_LAYOUT)).to(gl.float32)
+        f = channels_first(g_slots.index(tile % 2).load(PAIR_LAYOUT)).to(gl.float32)
+        if dt_bias is not None:
+            f += bias_slots.index(tile).load(CHANNELS)[None, :, None]
+        log_decay = log2_decay(f, 0.0, rate, lower_bound, GATE)
+        total = gl.where(inside, gl.exp2(log_decay), 1.0)
+        # Neighbouring tokens, without a product.
+        odd = at_token % 2 == 1
+        k_neighbour = swap_token_halves(gl.where(odd, k_tile * total, k_tile), 1)
+        q_neighbour = swap_token_halves(q_tile * total, 1)
+        to_q = gl.where(odd, neighbour_pair * k_neighbour * total, 0.0)
+        to_row = gl.where(odd, neighbour_gram * k_neighbour * total, 0.0)
+        to_column = neighbour_gram * k_neighbour + neighbour_pair * q_neighbour
+        to_column = gl.where(odd, 0.0, to_column)
+        other = swap_token_halves(total, 1)
+        before = gl.where(odd, total * other, total)
+        after = gl.where(odd, one, other)
+        total *= other
+        for level in gl.static_range(1, 4):
+            h = 1 << level
+            is_row = (at_token // h) % 2 == 1
+            pairs = ((at_block_row ^ at_token) // h) == 1
+            d = gl.where(is_row, before, after)
+            k_decayed = first(k_tile * d)
+            q_decayed = first(q_tile * d)
+            to_q += mma_v2(k_decayed, second(gl.where(pairs, own_pair, 0.0)), zero) * d
+            both = mma_v2(k_decayed, second(gl.where(pairs, own_gram, 0.0)), zero)
+            both = mma_v2(q_decayed, second(gl.where(pairs, own_pair_t, 0.0)), both) * d
+            to_row += gl.where(is_row, both, 0.0)
+            to_column += gl.where(is_row, 0.0, both)
+            other = swap_token_halves(total, h)
+            before = gl.where(is_row, before * other, before)
+            after = gl.where(is_row, after, after * other)
+            total = total * other
+
+        whole = gl.reduce(total, 2, keep)
+        column_slots.store(gl.reshape((k_tile * after).to(gl.bfloat16), [C, 16]))
+        query_slots.store(gl.reshape((q_tile * before).to(gl.bfloat16), [C, 16]))
+        row_slots.store(gl.reshape((k_tile * before).to(gl.bfloat16), [C, 16]))
+        total_slots.store(gl.reshape(whole, [C]))
+        like = zero.to(gl.bfloat16)
+        total0 = load_channels_of(total_slots, 0)
+        total1 = load_channels_of(total_slots, 1)
+        total2 = load_channels_of(total_slots, 2)
+        total3 = load_channels_of(total_slots, 3)
+        far = load_tile_of(column_slots, 0, like)
+        far_q = mma_v2(far, pair_row0, zero)
+        far_row = mma_v2(far, gram_row0, zero)
+        far = load_tile_of(column_slots, 1, like)
+        far_q = mma_v2(far, pair_row1, gl.where(sub_chunk > 1, far_q * total1, far_q))
+        far_row = mma_v2(far, gram_row1, gl.where(sub_chunk > 1, far_row * total1, far_row))
+        far = load_tile_of(column_slots, 2, like)
+        far_q = mma_v2(far, pair_row2, gl.where(sub_chunk > 2, far_q * total2, far_q))
+        far_row = mma_v2(far, gram_row2, gl.where(sub_chunk > 2, far_row * total2, far_row))
+        far_column = mma_v2(load_tile_of(query_slots, 3, like), pair_column3, zero)
+        far_column = mma_v2(load_tile_of(row_slots, 3, like), gram_column3, far_column)
+        far_column = gl.where(sub_chunk < 2, far_column * total2, far_column)
+        far_column = mma_v2(load_tile_of(query_slots, 2, like), pair_column2, far_column)
+        far_column = mma_v2(load_tile_of(row_slots, 2, like), gram_column2, far_column)
+        far_column = gl.where(sub_chunk < 1, far_column * total1, far_column)
+        far_column = mma_v2(load_tile_of(query_slots, 1, like), pair_column1, far_column)
+        far_column = mma_v2(load_tile_of(row_slots, 1, like), gram_column1, far_column)
+        far_q *= before
+        far_row *= before
+        far_column *= after
+        # What a token's decay gathers: from pairs inside its sub-chunk and from rows, everything behind
+        # it; from columns with rows in later sub-chunks or the state, everything before it.
+        behind = -k_tile * to_column
+        ahead = k_tile * far_column
+        row_slots_sum.store(gl.reshape(gl.sum(q_tile * far_q + k_tile * far_row, axis=2), [C]))
+        column_slots_sum.store(gl.reshape(gl.sum(ahead, axis=2), [C]))
+        to_q += far_q
+        to_row += far_row
+        to_column += far_column
+
+        # What passes through the states at the chunk's two ends.
+        through_q = zero
+        through_row = zero
+        through_column = zero
+        async_copy.wait_group(1)
+        barrier()
+        for index in gl.static_range(V // 32):
+            state = load_state(state_slots, index, state_like)
+            through_q = mma_v2(state, load_values(output_grad, index), through_q)
+            through_row = mma_v2(state, load_values(error_grad, index), through_row)
+            state = load_state(state_grad_slots, index, state_like)
+            through_column = mma_v2(state, load_values(delta, index), through_column)
+        product = state_slots.load(STATE).to(gl.float32) * state_grad_slots.load(STATE).to(gl.float32)
+        passed = gl.convert_layout(gl.sum(product, axis=1), CHANNELS)[None, :, None]
+        barrier()
+        if tile + 1 < K // 16:
+            next_at = state_at + 16 * (tile + 1) * V
+            async_copy.async_copy_global_to_shared(state_slots, states + next_at)
+            async_copy.async_copy_global_to_shared(state_grad_slots, state_grads + next_at)
+        async_copy.commit_group()
+        before *= gl.where(sub_chunk > 0, total0, 1.0)
+        before *= gl.where(sub_chunk > 1, total1, 1.0)
+        before *= gl.where(sub_chunk > 2, total2, 1.0)
+        after *= gl.where(sub_chunk < 3, total3, 1.0)
+        after *= gl.where(sub_chunk < 2, total2, 1.0)
+        after *= gl.where(sub_chunk < 1, total1, 1.0)
+        through_q *= before * q_gain
+        through_row *= before * k_gain
+        through_column *= after
+        to_q += through_q
+        to_row += through_row
+        to_column += through_column
+        start_slots.store(gl.reshape(gl.sum(q_tile * through_q + k_tile * through_row, axis=2), [C]))
+        end_slots.store(gl.reshape(gl.sum(k_tile * through_column, axis=2), [C]))
+        behind += q_tile * to_q + k_tile * to_row
+        ahead += k_tile * through_column
+
+        passed *= total0 * total1 * total2 * total3
+        g_grad = sum_tokens(ahead, earlier, sum_tokens(behind, later, zero)) + passed
+        g_grad += gl.where(sub_chunk < 3, load_channels_of(start_slots, 3), 0.0)
+        g_grad += gl.where(sub_chunk < 2, load_channels_of(start_slots, 2), 0.0)
+        g_grad += gl.where(sub_chunk < 1, load_channels_of(start_slots, 1), 0.0)
+        g_grad += gl.where(sub_chunk > 0, load_channels_of(end_slots, 0), 0.0)
+        g_grad += gl.where(sub_chunk > 1, load_channels_of(end_slots, 1), 0.0)
+        g_grad += gl.where(sub_chunk > 2, load_channels_of(end_slots, 2), 0.0)
+        # Pairs with the row in a later sub-chunk and the column in an earlier one.
+        around = load_channels_of(column_slots_sum, 0) - load_channels_of(row_slots_sum, 1)
+        g_grad += gl.where(sub_chunk == 1, around, 0.0)
+        around = load_channels_of(row_slots_sum, 3) - load_channels_of(column_slots_sum, 2)
+        g_grad += gl.where(sub_chunk == 2, around, 0.0)
+
+        q_grad = to_q + own * k_tile
+        k_grad = to_row + to_column + own * q_tile
+        if NORMALIZE:
+            q_along += q_tile * q_grad
+            k_along += k_tile * k_grad
+        if GATE == NO_GATE:
+            f_grad = g_grad
+        elif GATE == BOUNDED_GATE:
+            e = 1.0 / (1.0 + gl.exp2(-rate * f * LOG2E))
+            f_grad = g_grad * (lower_bound * rate) * e * (1.0 - e)
+        else:
+            f_grad = g_grad * -rate / (1.0 + gl.exp2(-f * LOG2E))
+        f_grad = gl.where(inside, f_grad, 0.0)
+        if bias_parts is not None:
+            parts_at = (block * 4 + gl.arange(0, 4, gl.SliceLayout(1, BY_CHANNEL))[:, None]) * K
+            gl.store(bias_parts + parts_at + 16 * tile + channel_of_row[None, :], gl.sum(f_grad, axis=2))
+        if a_log is not None:
+            if GATE == BOUNDED_GATE:
+                rate_grad += gl.sum(f_grad * f, axis=2)
             else:
-                q_tile = q1
-                k_tile = k1
-                f = f1
-            channel = k_start + 2 * u + 4 * (at_row % 8) + at_row // 8
-            if dt_bias is not None:
-                f += gl.load(dt_bias + hv * K + channel).to(gl.float32)[None, :, None]
-            log_decay = log2_decay(f, 0.0, rate, lower_bound, GATE)
-            total = gl.where(inside, gl.exp2(log_decay), 1.0)
-            before = total
-            after = one
-            to_q = zero
-            to_row = zero
-            to_column = zero
-            for level in gl.static_range(4):
-                h = 1 << level
-                is_row = (at_token // h) % 2 == 1
-                pairs = ((at_block_row ^ at_token) // h) == 1
-                d = gl.where(is_row, before, after)
-                k_decayed = first(k_tile * d)
-                q_decayed = first(q_tile * d)
-                to_q += mma_v2(k_decayed, second(gl.where(pairs, own_pair, 0.0)), zero) * d
-                both = mma_v2(k_decayed, second(gl.where(pairs, own_gram, 0.0)), zero)
-                both = mma_v2(q_decayed, second(gl.where(pairs, own_pair_t, 0.0)), both) * d
-                to_row += gl.where(is_row, both, 0.0)
-                to_column += gl.where(is_row, 0.0, both)
-                other = swap_token_halves(total, h)
-                before = gl.where(is_row, before * other, before)
-                after = gl.where(is_row, after, after * other)
-                total = total * other
-
-            whole = gl.reduce(total, 2, keep)
-            column_slots.store(gl.reshape((k_tile * after).to(gl.bfloat16), [C, 16]))
-            query_slots.store(gl.reshape((q_tile * before).to(gl.bfloat16), [C, 16]))
-            row_slots.store(gl.reshape((k_tile * before).to(gl.bfloat16), [C, 16]))
-            total_slots.store(gl.reshape(whole, [C]))
-            like = zero.to(gl.bfloat16)
-            total0 = load_channels_of(total_slots, 0)
-            total1 = load_channels_of(total_slots, 1)
-            total2 = load_channels_of(total_slots, 2)
-            total3 = load_channels_of(total_slots, 3)
-            far = load_tile_of(column_slots, 0, like)
-            far_q = mma_v2(far, pair_row0, zero)
-            far_row = mma_v2(far, gram_row0, zero)
-            far = load_tile_of(column_slots, 1, like)
-            far_q = mma_v2(far, pair_row1, gl.where(sub_chunk > 1, far_q * total1, far_q))
-            far_row = mma_v2(far, gram_row1, gl.where(sub_chunk > 1, far_row * total1, far_row))
-            far = load_tile_of(column_slots, 2, like)
-            far_q = mma_v2(far, pair_row2, gl.where(sub_chunk > 2, far_q * total2, far_q))
-            far_row = mma_v2(far, gram_row2, gl.where(sub_chunk > 2, far_row * total2, far_row))
-            far_column = mma_v2(load_tile_of(query_slots, 3, like), pair_column3, zero)
-            far_column = mma_v2(load_tile_of(row_slots, 3, like), gram_column3, far_column)
-            far_column = gl.where(sub_chunk < 2, far_column * total2, far_column)
-            far_column = mma_v2(load_tile_of(query_slots, 2, like), pair_column2, far_column)
-            far_column = mma_v2(load_tile_of(row_slots, 2, like), gram_column2, far_column)
-            far_column = gl.where(sub_chunk < 1, far_column * total1, far_column)
-            far_column = mma_v2(load_tile_of(query_slots, 1, like), pair_column1, far_column)
-            far_column = mma_v2(load_tile_of(row_slots, 1, like), gram_column1, far_column)
-            far_q *= before
-            far_row *= before
-            far_column *= after
-            # What a token's decay gathers: from pairs inside its sub-chunk and from rows, everything behind
-            # it; from columns with rows in later sub-chunks or the state, everything before it.
-            behind = -k_tile * to_column
-            ahead = k_tile * far_column
-            row_slots_sum.store(gl.reshape(gl.sum(q_tile * far_q + k_tile * far_row, axis=2), [C]))
-            column_slots_sum.store(gl.reshape(gl.sum(ahead, axis=2), [C]))
-            to_q += far_q
-            to_row += far_row
-            to_column += far_column
-
-            # What passes through the states at the chunk's two ends.
-            through_q = zero
-            through_row = zero
-            through_column = zero
-            for index in gl.static_range(V // 32):
-                state_at = state_offsets + (k_start + 2 * u) * V + 32 * index
-                state = gl.convert_layout(fold(gl.load(states + state_at)), FIRST, assert_trivial=True)
-                through_q = mma_v2(state, load_values(output_grad, index), through_q)
-                through_row = mma_v2(state, load_values(error_grad, index), through_row)
-                state = gl.convert_layout(fold(gl.load(state_grads + state_at)), FIRST, assert_trivial=True)
-                through_column = mma_v2(state, load_values(delta, index), through_column)
-            before *= gl.where(sub_chunk > 0, total0, 1.0)
-            before *= gl.where(sub_chunk > 1, total1, 1.0)
-            before *= gl.where(sub_chunk > 2, total2, 1.0)
-            after *= gl.where(sub_chunk < 3, total3, 1.0)
-            after *= gl.where(sub_chunk < 2, total2, 1.0)
-            after *= gl.where(sub_chunk < 1, total1, 1.0)
-            through_q *= before * q_gain
-            through_row *= before * k_gain
-            through_column *= after
-            to_q += through_q
-            to_row += through_row
-            to_column += through_column
-            start_slots.store(gl.reshape(gl.sum(q_tile * through_q + k_tile * through_row, axis=2), [C]))
-            end_slots.store(gl.reshape(gl.sum(k_tile * through_column, axis=2), [C]))
-            behind += q_tile * to_q + k_tile * to_row
-            ahead += k_tile * through_column
-
-            wide_at = wide_offsets + (k_start + 2 * u) * V
-            product = gl.load(states + wide_at).to(gl.float32) * gl.load(state_grads + wide_at).to(gl.float32)
-            passed = gl.convert_layout(gl.sum(product, axis=1), CHANNELS)[None, :, None]
-            passed *= total0 * total1 * total2 * total3
-            g_grad = sum_tokens(ahead, earlier, sum_tokens(behind, later, zero)) + passed
-            g_grad += gl.where(sub_chunk < 3, load_channels_of(start_slots, 3), 0.0)
-            g_grad += gl.where(sub_chunk < 2, load_channels_of(start_slots, 2), 0.0)
-            g_grad += gl.where(sub_chunk < 1, load_channels_of(start_slots, 1), 0.0)
-            g_grad += gl.where(sub_chunk > 0, load_channels_of(end_slots, 0), 0.0)
-            g_grad += gl.where(sub_chunk > 1, load_channels_of(end_slots, 1), 0.0)
-            g_grad += gl.where(sub_chunk > 2, load_channels_of(end_slots, 2), 0.0)
-            # Pairs with the row in a later sub-chunk and the column in an earlier one.
-            around = load_channels_of(column_slots_sum, 0) - load_channels_of(row_slots_sum, 1)
-            g_grad += gl.where(sub_chunk == 1, around, 0.0)
-            around = load_channels_of(row_slots_sum, 3) - load_channels_of(column_slots_sum, 2)
-            g_grad += gl.where(sub_chunk == 2, around, 0.0)
-
-            q_grad = to_q + own * k_tile
-            k_grad = to_row + to_column + own * q_tile
-            if NORMALIZE:
-                q_along += q_tile * q_grad
-                k_along += k_tile * k_grad
-            if GATE == NO_GATE:
-                f_grad = g_grad
-            elif GATE == BOUNDED_GATE:
-                e = 1.0 / (1.0 + gl.exp2(-rate * f * LOG2E))
-                f_grad = g_grad * (lower_bound * rate) * e * (1.0 - e)
-            else:
-                f_grad = g_grad * -rate / (1.0 + gl.exp2(-f * LOG2E))
-            f_grad = gl.where(inside, f_grad, 0.0)
-            if bias_parts is not None:
-                parts_at = (block * 4 + gl.arange(0, 4, gl.SliceLayout(1, BY_CHANNEL))[:, None]) * K
-                gl.store(bias_parts + parts_at + channel[None, :], gl.sum(f_grad, axis=2))
-            if a_log is not None:
-                if GATE == BOUNDED_GATE:
-                    rate_grad += gl.sum(f_grad * f, axis=2)
-                else:
-                    rate_grad += gl.sum(gl.where(inside, g_grad * log_decay * LN2, 0.0), axis=2)
-            if u == 0:
-                q_grad0 = q_grad
-                k_grad0 = k_grad
-                f_grad0 = f_grad
-            else:
-                joined = join_channels(f_grad0, f_grad).to(dg.dtype.element_ty)
-                gl.store(dg + key_base + pair_offsets + k_start, joined, mask=pair_mask)
-                flat = gl.reshape(join_channels(q_grad0, q_grad), [C, 32])
-                q_grads.index(pair_of_tiles).store(flat.to(dq.dtype.element_ty))
-                flat = gl.reshape(join_channels(k_grad0, k_grad), [C, 32])
-                k_grads.index(pair_of_tiles).store(flat.to(dk.dtype.element_ty))
+                rate_grad += gl.sum(gl.where(inside, g_grad * log_decay * LN2, 0.0), axis=2)
+        gl.store(dg + stored_at + 16 * tile, tokens_first(f_grad).to(dg.dtype.element_ty), mask=stored_mask)
+        q_slots.index(tile).store(tokens_first(q_grad).to(q.dtype.element_ty))
+        k_slots.index(tile).store(tokens_first(k_grad).to(k.dtype.element_ty))
+    async_copy.wait_group(0)
 
     if a_log is not None:
         gl.store(rate_parts + block, gl.sum(gl.sum(rate_grad, axis=1), axis=0))
     # Normalisation takes the part along q and k away, known only now that all channels are there.
+    BY_COPIED_ROW: gl.constexpr = gl.SliceLayout(1, COPIED)
     q_part = gl.reshape(gl.sum(q_along, axis=1) * q_norm * q_norm, [C])
-    q_part = gl.convert_layout(q_part, BY_VALUE_ROW)[:, None]
+    q_part = gl.convert_layout(q_part, BY_COPIED_ROW)[:, None]
     k_part = gl.reshape(gl.sum(k_along, axis=1) * k_norm * k_norm, [C])
-    k_part = gl.convert_layout(k_part, BY_VALUE_ROW)[:, None]
-    for tile in range(K // 32):
-        key_at = key_base + n[:, None] * (HV * K) + n_channel + 32 * tile
-        q_out = q_grads.index(tile).load(FLAT_TILE_LAYOUT).to(gl.float32)
-        k_out = k_grads.index(tile).load(FLAT_TILE_LAYOUT).to(gl.float32)
+    k_part = gl.convert_layout(k_part, BY_COPIED_ROW)[:, None]
+    for tile in gl.static_range(K // 16):
+        at = copied_at + 16 * tile
+        q_out = q_slots.index(tile).load(COPIED).to(gl.float32)
+        k_out = k_slots.index(tile).load(COPIED).to(gl.float32)
         if NORMALIZE:
-            q_out -= gl.load(q + key_at, mask=n_mask, other=0.0).to(gl.float32) * q_part
-            k_out -= gl.load(k + key_at, mask=n_mask, other=0.0).to(gl.float32) * k_part
-        gl.store(dq + key_at, q_out.to(dq.dtype.element_ty), mask=n_mask)
-        gl.store(dk + key_at, k_out.to(dk.dtype.element_ty), mask=n_mask)
+            q_out -= gl.load(q + at, mask=copied_mask, other=0.0).to(gl.float32) * q_part
+            k_out -= gl.load(k + at, mask=copied_mask, other=0.0).to(gl.float32) * k_part
+        gl.store(dq + at, q_out.to(dq.dtype.element_ty), mask=copied_mask)
+        gl.store(dk + at, k_out.to(dk.dtype.element_ty), mask=copied_mask)

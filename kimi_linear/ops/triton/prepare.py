@@ -5,6 +5,7 @@ import triton.language as tl
 
 from kimi_linear.ops.triton.tiles import (
     LOG2E,
+    SIZES,
     double_segments,
     double_sub_chunks,
     level_decay,
@@ -141,7 +142,7 @@ def load_decays(
     return tl.where(inside_tile(rows, start, K, S, A, D), d, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     q,
     k,

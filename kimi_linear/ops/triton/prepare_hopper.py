@@ -10,15 +10,10 @@ shared memory.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mma_v2,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mma_v2, warpgroup_mma
 
 from kimi_linear.ops.triton import prepare, tiles
+from kimi_linear.ops.triton.tiles import SIZES
 
 WARPS = 4
 TILE = 32
@@ -161,14 +156,7 @@ def place_blocks(c0, c1, c2, c3):
     return gl.reshape(gl.permute(x, (0, 1, 3, 4, 2)), [64, 64])
 
 
-@gluon.jit
-def load_tile(slots, tile):
-    """A tile [64, 32] in shared memory as [4, 16, 32] in TILE_LAYOUT."""
-    x = gl.reshape(slots.index(tile).load(FLAT_TILE_LAYOUT), [4, 16, 32])
-    return gl.convert_layout(x, TILE_LAYOUT, assert_trivial=True).to(gl.float32)
-
-
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def prepare_hopper_kernel(
     q,
     k,
@@ -197,7 +185,6 @@ def prepare_hopper_kernel(
     GATE: gl.constexpr,
     BETA_SIGMOID: gl.constexpr,
     NORMALIZE: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
     """One program a chunk and value head. Arguments and results are `prepare_kernel`'s; K is a multiple of
     32.
@@ -234,22 +221,6 @@ def prepare_hopper_kernel(
     g_offsets = token[:, :, None] * (HV * K) + channel[:, None, :]
     out_offsets = token[:, :, None] * K + channel[:, None, :]
     mask = (token < length)[:, :, None] & (channel < 32)[:, None, :]
-    if AHEAD:
-        COPIED: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-        TILE_SLOTS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, order=[1, 0])
-        q_slots = gl.allocate_shared_memory(q.dtype.element_ty, [TILES, C, 32], TILE_SLOTS)
-        k_slots = gl.allocate_shared_memory(k.dtype.element_ty, [TILES, C, 32], TILE_SLOTS)
-        g_slots = gl.allocate_shared_memory(g.dtype.element_ty, [TILES, C, 32], TILE_SLOTS)
-        copied_token = gl.arange(0, C, gl.SliceLayout(1, COPIED))[:, None]
-        copied_channel = gl.arange(0, 32, gl.SliceLayout(0, COPIED))[None, :]
-        copied_mask = (copied_token < length) & (copied_channel < 32)
-        for tile in gl.static_range(TILES):
-            copied_at = copied_token * (H * K) + copied_channel + 32 * tile
-            async_copy.async_copy_global_to_shared(q_slots.index(tile), q + copied_at, mask=copied_mask)
-            async_copy.async_copy_global_to_shared(k_slots.index(tile), k + copied_at, mask=copied_mask)
-            copied_at = copied_token * (HV * K) + copied_channel + 32 * tile
-            async_copy.async_copy_global_to_shared(g_slots.index(tile), g + copied_at, mask=copied_mask)
-            async_copy.commit_group()
     rate = 1.0
     if a_log is not None:
         rate = gl.exp2(gl.load(a_log + hv).to(gl.float32) * 1.4426950408889634)
@@ -275,18 +246,9 @@ def prepare_hopper_kernel(
     own = gl.zeros([4, 16], gl.float32, BY_TOKEN)
     for tile in range(TILES):
         k_start = tile * 32
-        if AHEAD:
-            # Empty groups behind the last tile's keep one count for all tiles.
-            async_copy.wait_group(TILES - 1)
-            barrier()
-            async_copy.commit_group()
-            q_tile = load_tile(q_slots, tile)
-            k_tile = load_tile(k_slots, tile)
-            f = load_tile(g_slots, tile)
-        else:
-            q_tile = gl.load(q + qk_offsets + k_start, mask=mask, other=0.0).to(gl.float32)
-            k_tile = gl.load(k + qk_offsets + k_start, mask=mask, other=0.0).to(gl.float32)
-            f = gl.load(g + g_offsets + k_start, mask=mask, other=0.0).to(gl.float32)
+        q_tile = gl.load(q + qk_offsets + k_start, mask=mask, other=0.0).to(gl.float32)
+        k_tile = gl.load(k + qk_offsets + k_start, mask=mask, other=0.0).to(gl.float32)
+        f = gl.load(g + g_offsets + k_start, mask=mask, other=0.0).to(gl.float32)
         if dt_bias is not None:
             bias = gl.load(dt_bias + hv * K + k_start + channel)
             f += gl.expand_dims(bias.to(gl.float32), 1)
@@ -433,10 +395,9 @@ def prepare_hopper_kernel(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
     )
     result = gl.zeros([C, C], gl.float32, SQUARE_RESULT)
-    result = warpgroup_mma(scores, solve_rest, result, is_async=True)
-    result = warpgroup_mma(scores_rest, solve, result, is_async=True)
-    result = warpgroup_mma(scores, solve, result, is_async=True)
-    result = warpgroup_mma_wait(0, deps=(result,))
+    result = warpgroup_mma(scores, solve_rest, result)
+    result = warpgroup_mma(scores_rest, solve, result)
+    result = warpgroup_mma(scores, solve, result)
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     result *= norms.load(gl.SliceLayout(0, SQUARE_RESULT))[None, :]
     result *= q_norms.load(gl.SliceLayout(1, SQUARE_RESULT))[:, None]
@@ -460,10 +421,9 @@ def prepare_hopper_kernel(
     norm = norms.load(gl.SliceLayout(1, TILE_RESULT))[:, None]
     for tile in range(TILES):
         written = gl.zeros([C, 32], gl.float32, TILE_RESULT)
-        written = warpgroup_mma(solve.permute((1, 0)), writes_rest.index(tile), written, is_async=True)
-        written = warpgroup_mma(solve_rest.permute((1, 0)), writes.index(tile), written, is_async=True)
-        written = warpgroup_mma(solve.permute((1, 0)), writes.index(tile), written, is_async=True)
-        written = warpgroup_mma_wait(0, deps=(written,))
+        written = warpgroup_mma(solve.permute((1, 0)), writes_rest.index(tile), written)
+        written = warpgroup_mma(solve_rest.permute((1, 0)), writes.index(tile), written)
+        written = warpgroup_mma(solve.permute((1, 0)), writes.index(tile), written)
         written *= norm
         # Names of their own: to Triton 3.6, a loop that gives a name another layout carries it around.
         rounded_keys = written.to(write_keys.dtype.element_ty)

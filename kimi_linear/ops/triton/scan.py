@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from kimi_linear.ops.triton.prepare import load_row_scales
+from kimi_linear.ops.triton.tiles import SIZES
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN: tl.constexpr, 
     return start, length, first_chunk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_forward_kernel(
     read_keys,
     queries,
@@ -127,7 +128,7 @@ def scan_forward_kernel(
         tl.store(final_state + state_offsets, state, mask=state_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_backward_kernel(
     read_keys,
     queries,

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kimi_linear.ops.triton import scan
 from kimi_linear.ops.triton.prepare_hopper import barrier
+from kimi_linear.ops.triton.tiles import SIZES
 
 SLICE = 64
 STAGES = 3
@@ -70,7 +71,7 @@ def copy_chunk(
     async_copy.async_copy_global_to_shared(decay_stage, decay + gl.arange(0, K, LINE))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def scan_hopper_kernel(
     read_keys,
     queries,

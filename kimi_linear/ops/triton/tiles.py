@@ -21,6 +21,11 @@ NO_GATE = tl.constexpr(0)
 SOFTPLUS_GATE = tl.constexpr(1)
 BOUNDED_GATE = tl.constexpr(2)
 
+# Arguments whose values no kernel is compiled for. Besides new compilations, a length of 1 would bring loops
+# of one step, which the compiler dissolves, and with them the pipelining that warp-group products need: those
+# of Triton 3.6 read past their operands without it.
+SIZES = ("T", "sequences", "slices")
+
 # Of two dimensions contiguous alike, warps go to the outer one before Triton 3.7, to the inner one since: the
 # order of the two in memory-side tiles that leaves sub-chunks to warps and their tokens to registers.
 SUB_CHUNKS_OUTERMOST = tl.constexpr(tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7))
