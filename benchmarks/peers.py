@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from triton.runtime.autotuner import Autotuner
 
-PROCESSES = 14
+PROCESSES = 10
 COMPILE_LIMIT_S = 100
 TUNE_LIMIT_S = 60
 
