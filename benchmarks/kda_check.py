@@ -26,7 +26,7 @@ from kimi_linear.ops.reference import recurrent_kda
 # Of results and of gradients.
 TOLERANCES = {torch.bfloat16: (0.004, 0.006), torch.float16: (0.004, 0.006), torch.float32: (1e-5, 1e-5)}
 NAMES = ("q", "k", "v", "g", "beta")
-PROCESSES = 14
+PROCESSES = 8
 HEAD_DIM = 128
 # Of one sequence, and how often another repeats it: more than 2^31 numbers in q, and in the states that the
 # backward pass keeps.
