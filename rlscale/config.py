@@ -95,14 +95,29 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(128, ge=1)
     """Completions that one engine generates at the same time."""
     cache_gib: float = Field(1.0, gt=0)
-    """Memory for one engine's latent cache and recurrent states."""
+    """Memory for one engine's latent cache and recurrent states, on each of its tensor-parallel ranks."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks that share one engine's heads, each a process on a GPU of its own or with its part of the CPUs.
+    Every rank caches all latents and the states of its heads; what it must divide, an error names."""
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
+    """GPUs that Ray reserves for a worker, one for each tensor-parallel rank; 0 computes on the CPU."""
     sleep_level: Literal[0, 1, 2] = 0
     """What engines give up while a learner trains on the same GPU. 0: nothing. 1: latents and states; weights
     move to the CPU's memory. 2: weights too, which the next sync brings back."""
+
+    @model_validator(mode="after")
+    def _every_rank_has_a_device(self) -> RolloutConfig:
+        size = self.tensor_parallel_size
+        if size > 1 and self.engine != "vllm":
+            raise ValueError(f"tensor_parallel_size={size} needs engine=vllm, not {self.engine}")
+        if size > 1 and self.num_gpus not in (0, size):
+            raise ValueError(
+                f"tensor_parallel_size={size} needs a GPU for each rank: set num_gpus to {size}, or to 0 for "
+                f"CPUs, not {self.num_gpus:g}"
+            )
+        return self
 
 
 class NoAdapterConfig(Section):
@@ -241,7 +256,7 @@ class WeightSyncConfig(Section):
     folder that both see."""
     bucket_mib: int = Field(256, ge=1)
     """Memory for weights on their way, on either side, with cuda_ipc and nccl; a larger weight needs its own
-    size."""
+    size, with nccl twice that."""
     verify: bool = False
     """After every sync compare digests of what the learner has with what each engine serves."""
     folder: Path | None = None

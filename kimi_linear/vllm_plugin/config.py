@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import KimiLinearConfig
 from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from kimi_linear.config import linear_attention_type
+from kimi_linear.config import LINEAR_ATTENTION, linear_attention_type
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 # decode with, head sizes (qk_nope_head_dim, qk_rope_head_dim, v_head_dim) to prefill with.
 GPU_LATENT_SIZES = ((512, 64),)
 GPU_HEAD_SIZES = ((128, 64, 128), (192, 64, 256), (64, 64, 128))
+
+# Ways to split one engine that its layers do not know.
+UNSERVED_PARALLELISM = (
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
 
 
 class ServedConfig(KimiLinearConfig):
@@ -58,6 +66,19 @@ def check_model(config: KimiLinearConfig) -> None:
         raise ValueError(f"moe_router_activation_func={router!r}: only 'sigmoid' is served")
 
 
+def check_tensor_parallel(config: KimiLinearConfig, size: int) -> None:
+    """Raise ValueError, naming key and value, for a model that `size` ranks cannot share equally."""
+    shared = {"num_attention_heads": config.num_attention_heads}
+    if LINEAR_ATTENTION in config.layer_types:
+        shared["linear_num_heads"] = config.linear_num_heads
+    shared["vocab_size (padded)"] = pad_vocab_size(config.vocab_size)
+    for name, count in shared.items():
+        if count % size:
+            raise ValueError(
+                f"tensor_parallel_size={size} does not divide {name}={count}: choose one that does"
+            )
+
+
 def check_gpu_sizes(config: KimiLinearConfig) -> None:
     """Raise ValueError for sizes of MLA that vLLM's backends have no GPU kernel for."""
     rope = config.qk_rope_head_dim
@@ -92,11 +113,13 @@ class EngineChecks(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
         parallel = vllm_config.parallel_config
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        for name in UNSERVED_PARALLELISM:
             if (size := getattr(parallel, name)) != 1:
                 raise ValueError(
-                    f"{name}={size}: a Kimi Linear engine runs on one device; start more engines"
+                    f"{name}={size}: a Kimi Linear engine is parallel over heads alone; "
+                    "set tensor_parallel_size, or start more engines"
                 )
+        check_tensor_parallel(vllm_config.model_config.hf_config, parallel.tensor_parallel_size)
         model_config, cache = vllm_config.model_config, vllm_config.cache_config
         if model_config.is_hybrid and cache.enable_prefix_caching:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import KimiLinearConfig
 from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -30,6 +31,7 @@ from kimi_linear.layers.norm import GatedRMSNorm
 from kimi_linear.ops import chunk_kda, convolution_state, kda_decode_step, short_convolution
 from kimi_linear.vllm_plugin.batch import BatchSplit, split_batch
 from kimi_linear.vllm_plugin.weights import (
+    WIDTH_MULTIPLE,
     Part,
     WeightParts,
     keep_weights_in_place,
@@ -37,8 +39,6 @@ from kimi_linear.vllm_plugin.weights import (
     new_parameter,
 )
 
-# Matrix products are fastest, and rows of their results aligned, where widths are multiples of this.
-WIDTH_MULTIPLE = 16
 # The block that vLLM gives to no sequence. Rows that only fill up a CUDA graph point there.
 NULL_BLOCK = 0
 
@@ -125,9 +125,12 @@ class DeltaBackend(AttentionBackend):
         return True
 
 
-def state_shapes(config: KimiLinearConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Shapes of one sequence's states in one layer: the last inputs of the convolution, S as [H, K, V]."""
-    heads, dim = config.linear_num_heads, config.linear_head_dim
+def state_shapes(config: KimiLinearConfig, ranks: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Shapes of one sequence's states in one layer: the last inputs of the convolution, S as [H, K, V].
+
+    H are the heads of each of `ranks` tensor-parallel ranks.
+    """
+    heads, dim = config.linear_num_heads // ranks, config.linear_head_dim
     return (config.linear_conv_kernel_dim - 1, 3 * heads * dim), (heads, dim, dim)
 
 
@@ -150,16 +153,18 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
     """One KDA layer (arXiv:2510.26692): projections, convolution, gated delta rule, gated norm, output.
 
     Its input passes one matrix product, which gives q, k, v, the narrow halves of both gates and beta; a
-    batched product widens the gates.
+    batched product widens the gates. Tensor-parallel ranks share the heads; the narrow halves, which all
+    heads need, each computes for itself.
     """
 
     kv_cache: tuple[torch.Tensor, torch.Tensor]
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.heads, self.dim = config.linear_num_heads, config.linear_head_dim
+        self.ranks = get_tensor_model_parallel_world_size()
+        self.heads, self.dim = config.linear_num_heads // self.ranks, config.linear_head_dim
         self.prefix = prefix
-        self.shapes = state_shapes(config)
+        self.shapes = state_shapes(config, self.ranks)
         self.dtypes = state_dtypes(vllm_config.model_config.dtype, vllm_config.cache_config)
         hidden, inner, width = config.hidden_size, self.heads * self.dim, config.linear_conv_kernel_dim
 
@@ -173,10 +178,11 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
             bias=False,
             quant_config=quant,
             prefix=f"{prefix}.in_proj",
+            disable_tp=True,  # these widths are a rank's own
         )
         self.gate_up = new_parameter((2, inner, self.dim))
         self.o_proj = RowParallelLinear(
-            inner, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+            self.ranks * inner, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
         )
         self.conv_weight = new_parameter((3 * inner, width))
         self.A_log = new_parameter((self.heads,), torch.float32)
@@ -186,16 +192,18 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def weight_parts(self) -> dict[str, Part]:
-        inner, hidden = self.heads * self.dim, self.in_proj.input_size
-        width = self.conv_weight.shape[1]
-        projections = {f"{name}_proj.weight": (inner, hidden) for name in "qkv"}
-        projections |= {f"{name}_a_proj.weight": (self.dim, hidden) for name in "fg"}
-        parts = merged_parts("in_proj.weight", {**projections, "b_proj.weight": (self.heads, hidden)})
+        heads, inner = self.ranks * self.heads, self.heads * self.dim
+        whole, width = self.ranks * inner, self.conv_weight.shape[1]
+        rows: dict[str, tuple[int, int | None]] = {f"{name}_proj.weight": (whole, inner) for name in "qkv"}
+        rows |= {f"{name}_a_proj.weight": (self.dim, None) for name in "fg"}
+        rows["b_proj.weight"] = heads, self.heads
+        parts = merged_parts("in_proj.weight", rows, self.in_proj.input_size)
         for i, name in enumerate("fg"):
-            parts[f"{name}_b_proj.weight"] = Part("gate_up", i, (inner, self.dim), i)
+            parts[f"{name}_b_proj.weight"] = Part("gate_up", i, (whole, self.dim), i, 0, inner)
         for i, name in enumerate("qkv"):
-            parts[f"{name}_conv1d.weight"] = Part("conv_weight", i, (inner, 1, width), i * inner)
-        parts["A_log"] = Part("A_log", None, (1, 1, self.heads, 1))
+            parts[f"{name}_conv1d.weight"] = Part("conv_weight", i, (whole, 1, width), i * inner, 0, inner)
+        parts["A_log"] = Part("A_log", None, (1, 1, heads, 1), split=2, share=self.heads)
+        parts["dt_bias"] = Part("dt_bias", None, (whole,), split=0, share=inner)
         return parts
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import KimiLinearConfig
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -43,11 +44,15 @@ from kimi_linear.vllm_plugin.weights import (
 
 
 class LatentAttention(nn.Module, WeightParts):
-    """Multi-head latent attention (arXiv:2405.04434), with RoPE only where `mla_use_nope` is false."""
+    """Multi-head latent attention (arXiv:2405.04434), with RoPE only where `mla_use_nope` is false.
+
+    Tensor-parallel ranks share the heads; each computes and caches all latents.
+    """
 
     def __init__(self, config: KimiLinearConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.ranks = get_tensor_model_parallel_world_size()
+        self.heads = config.num_attention_heads // self.ranks
         self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.v_dim, self.rank = config.v_head_dim, config.kv_lora_rank
         hidden, head_dim = config.hidden_size, self.nope + self.rope
@@ -58,17 +63,22 @@ class LatentAttention(nn.Module, WeightParts):
             bias=False,
             quant_config=quant,
             prefix=f"{prefix}.in_proj",
+            disable_tp=True,  # these widths are a rank's own
         )
         self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = ColumnParallelLinear(
             self.rank,
-            self.heads * (self.nope + self.v_dim),
+            self.ranks * self.heads * (self.nope + self.v_dim),
             bias=False,
             quant_config=quant,
             prefix=f"{prefix}.kv_b_proj",
         )
         self.o_proj = RowParallelLinear(
-            self.heads * self.v_dim, hidden, bias=False, quant_config=quant, prefix=f"{prefix}.o_proj"
+            self.ranks * self.heads * self.v_dim,
+            hidden,
+            bias=False,
+            quant_config=quant,
+            prefix=f"{prefix}.o_proj",
         )
         keep_weights_in_place(self)
         self.rotary = None
@@ -82,12 +92,12 @@ class LatentAttention(nn.Module, WeightParts):
         self.attention = self.make_attention(head_dim**-0.5, vllm_config, f"{prefix}.attention")
 
     def weight_parts(self) -> dict[str, Part]:
-        hidden = self.in_proj.input_size
-        shapes = {
-            "q_proj.weight": (self.heads * (self.nope + self.rope), hidden),
-            "kv_a_proj_with_mqa.weight": (self.rank + self.rope, hidden),
+        share = self.heads * (self.nope + self.rope)
+        rows = {
+            "q_proj.weight": (self.ranks * share, share),
+            "kv_a_proj_with_mqa.weight": (self.rank + self.rope, None),
         }
-        return merged_parts("in_proj.weight", shapes)
+        return merged_parts("in_proj.weight", rows, self.in_proj.input_size)
 
     def make_attention(self, scale: float, vllm_config: VllmConfig, prefix: str) -> nn.Module:
         sizes = {
@@ -206,10 +216,11 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, WeightParts):
     def weight_parts(self) -> dict[str, Part]:
         # vLLM pads the vocabulary to a multiple of 64; a checkpoint does not.
         shape = (self.config.vocab_size, self.config.hidden_size)
+        share = self.lm_head.num_embeddings_per_partition
         names = ["model.embed_tokens.weight"]
         if not self.config.tie_word_embeddings:
             names.append("lm_head.weight")
-        return {name: Part(name, None, shape) for name in names}
+        return {name: Part(name, None, shape, 0, 0, share, "pads and cuts") for name in names}
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
@@ -219,7 +230,8 @@ class KimiLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, WeightParts):
     def get_mamba_state_shape_from_config(
         cls, vllm_config: VllmConfig
     ) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        return state_shapes(vllm_config.model_config.hf_config)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        return state_shapes(vllm_config.model_config.hf_config, ranks)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, MambaStateCopyFunc]:

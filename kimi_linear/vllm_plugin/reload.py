@@ -12,7 +12,8 @@ from kimi_linear.vllm_plugin.weights import load_parts, stored_parts
 def load_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Copy a whole checkpoint into the model that a worker serves, in place.
 
-    Call it as `llm.collective_rpc(load_weights, args=(weights,))` or from a worker extension. Sequences in
+    Call it as `llm.collective_rpc(load_weights, args=(weights,))` or from a worker extension; each
+    tensor-parallel rank takes whole tensors and keeps its share. Sequences in
     flight keep the cache that the old weights filled: pause or abort them first if that matters.
 
     Args:
@@ -44,12 +45,15 @@ def load_weights(worker: WorkerBase, weights: Iterable[tuple[str, torch.Tensor]]
 
 
 def served_weights(worker: WorkerBase) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint as a worker serves it: (name, tensor), views of the model's parameters.
+    """The checkpoint as a worker and its tensor-parallel peers serve it: (name, tensor), see `stored_parts`.
 
     Raises:
-        RuntimeError: an MLA layer's up-projections, rearranged for decoding, are not those of its checkpoint.
+        RuntimeError: after the last tensor: an MLA layer's up-projections, rearranged for decoding, are not
+            those of its checkpoint.
     """
     model = worker.model_runner.get_model()
+    yield from stored_parts(model, model.weight_map)
+    # Not before, for other ranks would wait for this one's shares.
     for name, module in model.named_modules():
         if isinstance(module, MLAAttention):
             up_k, up_v = module.kv_b_proj.weight.unflatten(0, (module.num_heads, -1)).split(
@@ -59,4 +63,3 @@ def served_weights(worker: WorkerBase) -> Iterator[tuple[str, torch.Tensor]]:
                 raise RuntimeError(
                     f"{name} decodes with up-projections of other weights than it prefills with"
                 )
-    return stored_parts(model, model.weight_map)

@@ -10,12 +10,11 @@ import torch
 from transformers import KimiLinearConfig
 
 from rlscale.config import RolloutConfig
-from rlscale.memory import peak_bytes
 from rlscale.rollout.engine import InFlight, RolloutEngine
 from rlscale.rollout.interruption import InterruptingEngine, Interruption
 from rlscale.types import FinishedGroup, GroupRequest
 from rlscale.weights.digests import Digests
-from rlscale.weights.transport import Manifest, incoming
+from rlscale.weights.transport import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class EngineSpec:
 
     @property
     def threads(self) -> int:
-        """Threads that the engine computes with: its CPUs, and one if it has less than one."""
+        """Threads of the engine, its ranks' together: its CPUs, and one if it has less than one."""
         return max(1, int(self.config.num_cpus))
 
     def build(self) -> RolloutEngine:
@@ -70,6 +69,7 @@ class EngineSpec:
             cache_gib=self.config.cache_gib,
             in_flight=self.in_flight,
             sleep_level=self.config.sleep_level,
+            tensor_parallel_size=self.config.tensor_parallel_size,
         )
 
 
@@ -129,8 +129,7 @@ class RolloutWorker:
 
     def load_weights(self, manifest: Manifest) -> int:
         """Loads a published version and returns it."""
-        with incoming(manifest) as weights:
-            self.engine.load_weights(weights, manifest.version)
+        self.engine.load_published(manifest)
         return manifest.version
 
     def sleep(self) -> None:
@@ -146,7 +145,7 @@ class RolloutWorker:
         return self.engine.cache_bytes(tokens)
 
     def peak_bytes(self) -> int:
-        return peak_bytes()
+        return self.engine.peak_bytes()
 
     def close(self) -> None:
         if self._engine is not None:

@@ -13,8 +13,10 @@ import torch
 from transformers import KimiLinearConfig
 
 from rlscale.errors import UserError
+from rlscale.memory import peak_bytes
 from rlscale.types import Completion, FinishedGroup, GenerationReport, GroupRequest, Sampling
 from rlscale.weights.digests import Digests
+from rlscale.weights.transport import Manifest, incoming
 
 InFlight = Literal["refuse", "recompute", "keep"]
 """What new weights mean for completions in the making. refuse: an error. recompute: the new weights read them
@@ -61,6 +63,16 @@ class RolloutEngine(ABC):
             ValueError: a name is missing, unknown or given twice, or a shape differs; the message names them.
         """
 
+    def load_published(self, manifest: Manifest) -> None:
+        """`load_weights` of what a learner has published.
+
+        Raises:
+            RuntimeError: as for `load_weights`, or what the manifest promises is gone.
+            ValueError: as for `load_weights`.
+        """
+        with incoming(manifest) as weights:
+            self.load_weights(weights, manifest.version)
+
     @abstractmethod
     def weight_digests(self) -> Digests:
         """Digests of the weights that completions are drawn from, under their released names."""
@@ -68,6 +80,10 @@ class RolloutEngine(ABC):
     @abstractmethod
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of cache that one sequence of `tokens` tokens occupies, as this engine lays it out."""
+
+    def peak_bytes(self) -> int:
+        """Most memory that a process of this engine has used: of its GPU, or the machine's without one."""
+        return peak_bytes()
 
     @abstractmethod
     def sleep(self) -> None:

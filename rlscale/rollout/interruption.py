@@ -11,6 +11,7 @@ import torch
 from rlscale.rollout.engine import RolloutEngine, completion_seed
 from rlscale.types import Completion, FinishedGroup, GroupRequest
 from rlscale.weights.digests import Digests
+from rlscale.weights.transport import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,14 @@ class InterruptingEngine(RolloutEngine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
         self._engine.load_weights(weights, version)
+
+    def load_published(self, manifest: Manifest) -> None:
+        """See `RolloutEngine.load_published`."""
+        self._engine.load_published(manifest)
+
+    def peak_bytes(self) -> int:
+        """See `RolloutEngine.peak_bytes`."""
+        return self._engine.peak_bytes()
 
     def weight_digests(self) -> Digests:
         """See `RolloutEngine.weight_digests`."""

@@ -1,8 +1,11 @@
-"""Rollouts by vLLM, in this process, through the plugin of `kimi_linear.vllm_plugin`.
+"""Rollouts by vLLM through the plugin of `kimi_linear.vllm_plugin`.
 
-The engine starts no process and asks for no port by number (its only rank meets itself through a file, and
-what gloo listens on is the kernel's choice), so engines do not collide. Nor does it pin CPUs: engines share a
-machine as their numbers of threads say.
+Its scheduler is in this process, and so is the model, unless several tensor-parallel ranks share the heads:
+those are processes of their own, which end with this one.
+
+The engine asks for no port by number (ranks meet through a file, and what gloo listens on is the kernel's
+choice), so engines do not collide. Nor does it pin CPUs: engines share a machine as their numbers of threads
+say.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from transformers import KimiLinearConfig
 
 from kimi_linear.checkpoint import CONFIG_FILE, released_config
 from rlscale.errors import UserError
-from rlscale.memory import GIB, available_gpu_memory, available_memory
+from rlscale.memory import GIB, available_gpu_memory, available_memory, peak_bytes
 from rlscale.rollout.engine import (
     InFlight,
     RolloutEngine,
@@ -31,8 +34,10 @@ from rlscale.rollout.engine import (
 )
 from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest
 from rlscale.weights.base import account_for
-from rlscale.weights.digests import Digests, digests
+from rlscale.weights.digests import Digests, differences, digests
+from rlscale.weights.shared_memory import SharedMemoryPublisher
 from rlscale.weights.stream import IncomingWeights
+from rlscale.weights.transport import Manifest, incoming
 
 _CPU_BATCHED_TOKENS = 8192  # of one forward pass
 _GPU_BATCHED_TOKENS = 16384
@@ -54,11 +59,12 @@ def start_engine(
     planted_contexts: bool = False,
     sleeps: bool = False,
     step_by_step: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> Any:
-    """vLLM's own engine, in this process, with weights that mean nothing yet.
+    """vLLM's own engine with weights that mean nothing yet.
 
     Args:
-        model, dtype, context, max_num_seqs, cache_gib: as for `VLLMEngine`.
+        model, dtype, context, max_num_seqs, cache_gib, tensor_parallel_size: as for `VLLMEngine`.
         sleeps: let the engine give up its memory and take it back; needs a GPU.
         planted_contexts: take contexts for computed where a request's name asks it; see `rollout.planted`.
         step_by_step: begin no step before the last one's tokens are known. A step under way while weights
@@ -73,18 +79,34 @@ def start_engine(
     on_cpu = not torch.cuda.is_available()
     if sleeps and on_cpu:
         raise UserError("rollout.sleep_level gives up a GPU's memory and there is no GPU: set it to 0")
+    if not on_cpu and (gpus := torch.cuda.device_count()) < tensor_parallel_size:
+        raise UserError(
+            f"rollout.tensor_parallel_size={tensor_parallel_size} needs as many GPUs, and this worker sees "
+            f"{gpus}: set rollout.num_gpus to {tensor_parallel_size}, or lower it"
+        )
     cache_bytes = int(cache_gib * GIB)
-    if cache_bytes > (free := available_memory() if on_cpu else available_gpu_memory()):
+    free = available_memory() // tensor_parallel_size if on_cpu else available_gpu_memory()
+    if cache_bytes > free:
         raise UserError(
             f"rollout.cache_gib={cache_gib:g} exceeds the {free / GIB:.2f} GiB of free memory: lower it"
         )
     os.environ.update(_ENVIRONMENT)
+    if tensor_parallel_size > 1:
+        # The ranks share this process's threads, where the operating system puts them.
+        threads = max(1, torch.get_num_threads() // tensor_parallel_size)
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override cache_gib
     from vllm import EngineArgs
     from vllm.config import KVTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    from kimi_linear.vllm_plugin.config import check_tensor_parallel
+
+    try:
+        check_tensor_parallel(model, tensor_parallel_size)
+    except ValueError as error:
+        raise UserError(f"rollout.{error}") from None
     connector = None
     if planted_contexts:
         connector = KVTransferConfig(
@@ -107,6 +129,9 @@ def start_engine(
         "disable_log_stats": True,
         "kv_transfer_config": connector,
         "enable_sleep_mode": sleeps,
+        "tensor_parallel_size": tensor_parallel_size,
+        # In a Ray actor vLLM would start others for its ranks, beside what Ray reserved for this one.
+        "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else None,
     }
     arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments(cache_bytes)
     if step_by_step:
@@ -123,17 +148,20 @@ def start_engine(
 class CachePool:
     """The pool of blocks that all layers' latents and states of an engine lie in.
 
-    A block is the same slice of every tensor, whichever group of layers has it.
+    A block is the same slice of every tensor, whichever group of layers has it. Each tensor-parallel rank has
+    such a pool: with its own heads' states, and all latents.
     """
 
     def __init__(self, engine: Any) -> None:
         config = engine.engine_core.engine_core.scheduler.kv_cache_config
+        ranks = engine.vllm_config.parallel_config.tensor_parallel_size
         self._groups = [group.kv_cache_spec for group in config.kv_cache_groups]
-        self.block_bytes = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        one_rank = max(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        self.block_bytes = ranks * one_rank
         self.blocks = config.num_blocks - 1  # vLLM keeps one for padding
 
     def sequence_bytes(self, tokens: int) -> int:
-        """Bytes that one sequence of `tokens` tokens takes."""
+        """Bytes that one sequence of `tokens` tokens takes, on all ranks together."""
         return self._sequence_blocks(tokens) * self.block_bytes
 
     def sequences(self, tokens: int) -> int:
@@ -179,13 +207,15 @@ class VLLMEngine(RolloutEngine):
         dtype: of weights, activations and latent cache.
         context: longest prompt and completion together, in tokens.
         max_num_seqs: completions generated at the same time; the others wait.
-        cache_gib: memory for latent cache and recurrent states, in GiB.
+        cache_gib: memory for latent cache and recurrent states, in GiB, on each rank.
         in_flight: what new weights mean for completions in the making; see `InFlight`.
         sleep_level: what `sleep` gives up, as `rollout.sleep_level` says.
+        tensor_parallel_size: ranks that share the model, each on a GPU of its own where there are GPUs.
 
     Raises:
         UserError: vLLM is not installed or does not serve this model on this device, the context exceeds the
-            model's, or there is no memory for the cache or the cache holds no sequence of that length.
+            model's, the ranks cannot share the model or lack GPUs, or there is no memory for the cache or the
+            cache holds no sequence of that length.
     """
 
     def __init__(
@@ -197,6 +227,7 @@ class VLLMEngine(RolloutEngine):
         cache_gib: float,
         in_flight: InFlight = "refuse",
         sleep_level: int = 0,
+        tensor_parallel_size: int = 1,
     ) -> None:
         check_context(model, context)
         if find_spec("vllm") is None:
@@ -208,6 +239,7 @@ class VLLMEngine(RolloutEngine):
         self._version: int | None = None
         self._in_flight = in_flight
         self._sleep_level = sleep_level
+        self._ranks = tensor_parallel_size
         self._stop_token_ids = stop_token_ids(model)
         self._engine: Any = start_engine(
             model,
@@ -217,6 +249,7 @@ class VLLMEngine(RolloutEngine):
             cache_gib,
             step_by_step=in_flight != "refuse",
             sleeps=bool(sleep_level),
+            tensor_parallel_size=tensor_parallel_size,
         )
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
@@ -267,8 +300,27 @@ class VLLMEngine(RolloutEngine):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
+        if self._ranks == 1:
+            self._replace(_replace_weights, weights, version)
+            return
+        publisher = SharedMemoryPublisher()
+        try:
+            self.load_published(publisher.publish(weights, version))
+        finally:
+            publisher.close()
+
+    def load_published(self, manifest: Manifest) -> None:
+        """See `RolloutEngine.load_published`. Every rank reads all weights, and keeps its share."""
+        if self._ranks == 1:
+            super().load_published(manifest)
+        else:
+            self._replace(_read_published, manifest, manifest.version)
+
+    def _replace(self, call: Callable[[Any, Any], list[Exception]], source: Any, version: int) -> None:
         self.check_in_flight(self._in_flight)
-        self._engine.collective_rpc(_replace_weights, args=(weights,))
+        for errors in self._engine.collective_rpc(call, args=(source,)):
+            for error in errors:
+                raise error
         self._version = version
         self._engine.set_weight_version(str(version))
         if self._in_flight == "recompute":
@@ -276,11 +328,25 @@ class VLLMEngine(RolloutEngine):
             self._engine.reset_prefix_cache(reset_running_requests=True)
 
     def weight_digests(self) -> Digests:
-        """See `RolloutEngine.weight_digests`."""
-        return self._engine.collective_rpc(_digests)[0]
+        """See `RolloutEngine.weight_digests`.
+
+        Raises:
+            RuntimeError: tensor-parallel ranks differ in weights that all of them have whole.
+        """
+        first, *others = self._engine.collective_rpc(_digests)
+        for rank, other in enumerate(others, start=1):
+            if wrong := differences(first, other):
+                raise RuntimeError(
+                    f"ranks 0 and {rank} serve different weights: {wrong[0]} and {len(wrong)} in all"
+                )
+        return first
+
+    def peak_bytes(self) -> int:
+        """See `RolloutEngine.peak_bytes`."""
+        return engine_peak_bytes(self._engine)
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that one sequence of `tokens` tokens takes from vLLM's pool, in whole blocks."""
+        """Bytes that one sequence of `tokens` tokens takes from vLLM's pools, in whole blocks."""
         return CachePool(self._engine).sequence_bytes(tokens)
 
     def sleep(self) -> None:
@@ -300,8 +366,8 @@ class VLLMEngine(RolloutEngine):
             self._engine = None
 
 
-def _replace_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Runs where the model is. All is checked before the first tensor is copied."""
+def _replace_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> list[Exception]:
+    """Runs where the model is. All is checked before the first tensor is copied; returns no error."""
     from kimi_linear.vllm_plugin.reload import load_weights
 
     parts = worker.model_runner.get_model().weight_map
@@ -311,6 +377,28 @@ def _replace_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -
     else:
         weights = account_for(weights, expected).items()
     load_weights(worker, weights)
+    return []
+
+
+def _read_published(worker: Any, manifest: Manifest) -> list[Exception]:
+    """`_replace_weights` in another process. Returns what went wrong: of a raised one only text arrives."""
+    try:
+        with incoming(manifest) as weights:
+            _replace_weights(worker, weights)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # which the caller cannot do for this process
+    except (ValueError, RuntimeError) as error:
+        return [error]
+    return []
+
+
+def engine_peak_bytes(engine: Any) -> int:
+    """Most memory that a process of vLLM's engine which computes has used; see `memory.peak_bytes`."""
+    return max(engine.collective_rpc(_peak_bytes))
+
+
+def _peak_bytes(worker: Any) -> int:  # noqa: ARG001 (vLLM's signature)
+    return peak_bytes()
 
 
 def _digests(worker: Any) -> Digests:

@@ -42,7 +42,7 @@ class Transport:
 
     Args:
         name: which; "auto" is resolved by `choose_transport`.
-        readers: engines that load every version.
+        readers: engines that load every version, or their ranks where they are tensor-parallel.
         bucket_bytes: how much travels at a time, where weights travel in buckets.
         folder: where "disk" writes.
     """
@@ -89,13 +89,15 @@ def choose_transport(config: WeightSyncConfig, rollout: RolloutConfig, learner: 
     if name == "nccl" and (not on_gpus or one_gpu):
         raise UserError(
             "weight_sync.transport=nccl needs GPUs of their own for learner and rollout: "
-            "set rollout.num_gpus and learner.num_gpus to 1, or weight_sync.transport to auto"
+            "set rollout.num_gpus and learner.num_gpus to whole numbers, or weight_sync.transport to auto"
         )
     if name == "disk" and config.folder is None:
         raise UserError(
             "weight_sync.transport=disk needs weight_sync.folder, one that learner and rollout see"
         )
-    return Transport(name, rollout.workers, config.bucket_mib * MIB, config.folder)
+    return Transport(
+        name, rollout.workers * rollout.tensor_parallel_size, config.bucket_mib * MIB, config.folder
+    )
 
 
 def incoming(

@@ -13,6 +13,7 @@ from kimi_linear.checkpoint import released_config
 from kimi_linear.config import FULL_ATTENTION, mla_twin, preset
 from kimi_linear.vllm_plugin import ARCHITECTURE, register
 from kimi_linear.vllm_plugin.config import (
+    UNSERVED_PARALLELISM,
     EngineChecks,
     ServedConfig,
     capture_decoding,
@@ -166,15 +167,16 @@ def test_a_model_that_is_not_served_is_refused_by_key_and_value(key: str, value:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size=3 does not divide num_attention_heads=4"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"enable_prefix_caching": True}, "enable_prefix_caching=True"),
     ],
 )
 def test_engine_settings_that_would_serve_wrongly_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    parallel = dict.fromkeys((*UNSERVED_PARALLELISM, "tensor_parallel_size"), 1)
     settings = {"enable_prefix_caching": False, **parallel, **changes}
     engine = SimpleNamespace(
         model_config=model_config(tmp_path, released_config(preset("tiny"))),

@@ -137,6 +137,16 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
             "learner: {learning_rate: .inf}",
             r"learner\.learning_rate: .*finite number \(given: inf\)",
         ),
+        (
+            RunConfig,
+            "rollout: {tensor_parallel_size: 2, engine: reference}",
+            r"^rollout: tensor_parallel_size=2 needs engine=vllm, not reference",
+        ),
+        (
+            RunConfig,
+            "rollout: {tensor_parallel_size: 2, num_gpus: 1}",
+            r"^rollout: tensor_parallel_size=2 needs a GPU for each rank: set num_gpus to 2, or to 0",
+        ),
         (RunConfig, "steps: 2.5", r"steps: .*\(given: 2\.5\)"),
         (RunConfig, "learner: 3", r"learner: .*\(given: 3\)"),
         (RunConfig, "steps: 5\nsteps: 6", r"'steps' is given twice"),

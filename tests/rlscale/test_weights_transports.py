@@ -157,16 +157,25 @@ def test_a_digest_knows_every_bit_and_its_place_and_no_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rollout_gpus", "learner_gpus", "expected"),
-    [(0, 0, "shared_memory"), (0.5, 0.5, "cuda_ipc"), (1, 1, "nccl"), (1, 0, "shared_memory")],
+    ("rollout_gpus", "learner_gpus", "ranks", "expected"),
+    [
+        (0, 0, 1, "shared_memory"),
+        (0, 0, 2, "shared_memory"),
+        (0.5, 0.5, 1, "cuda_ipc"),
+        (1, 1, 1, "nccl"),
+        (2, 1, 2, "nccl"),
+        (1, 0, 1, "shared_memory"),
+    ],
 )
-def test_placement_chooses_the_transport(rollout_gpus, learner_gpus, expected) -> None:
+def test_placement_chooses_the_transport_and_every_rank_of_an_engine_reads(
+    rollout_gpus, learner_gpus, ranks, expected
+) -> None:
     chosen = choose_transport(
         WeightSyncConfig(),
-        RolloutConfig(num_gpus=rollout_gpus, workers=3),
+        RolloutConfig(num_gpus=rollout_gpus, workers=3, tensor_parallel_size=ranks),
         LearnerConfig(num_gpus=learner_gpus),
     )
-    assert (chosen.name, chosen.readers, chosen.bucket_bytes) == (expected, 3, 256 << 20)
+    assert (chosen.name, chosen.readers, chosen.bucket_bytes) == (expected, 3 * ranks, 256 << 20)
 
 
 @pytest.mark.parametrize(
