@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class StreamPublisher:
         carrier: "broadcast" sends buckets over the network or NVLink; "staging" shares one buffer with
             readers on the same device.
         readers: engines that will read every version; a sync ends when all have.
-        bucket_bytes: how much travels at a time, and the memory that either side needs for it.
+        bucket_bytes: memory that either side needs for weights on their way: one buffer that is shared, or
+            two of half that size, of which one is filled or read while the other travels.
         host: address at which engines reach this process.
     """
 
@@ -92,7 +94,7 @@ class StreamPublisher:
             self._new_session()
         tensors = [(name, tensor.detach()) for name, tensor in named_tensors]
         account_for(tensors, {name: tensor.shape for name, tensor in tensors})
-        packing = pack(tensors, self._bucket_bytes)
+        packing = pack(tensors, self._bucket_bytes if self._carrier == "staging" else self._bucket_bytes // 2)
         device = tensors[0][1].device
         if self._carrier == "staging" and (
             self._staging is None or self._staging.handle.size < max(packing.sizes)
@@ -141,21 +143,35 @@ class StreamPublisher:
         try:
             if self._group is None:
                 self._group = Group(self._store, self._session, 0, self._readers, self._host, device)
-            buffer = None if self._staging is None else self._staging.tensor
-            if buffer is None:
-                buffer = torch.empty(max(packing.sizes), dtype=torch.uint8, device=device)
             with torch.no_grad():
-                for index, size in enumerate(packing.sizes):
-                    for parcel in packing.bucket(index):
-                        parcel.view(buffer).copy_(tensors[parcel.name])
-                    if self._staging is None:
-                        self._group.broadcast(buffer[:size])
-                    else:
+                if self._staging is None:
+                    self._broadcast(self._group, tensors, packing, device)
+                else:
+                    for index in range(len(packing.sizes)):
+                        fill(self._staging.tensor, packing, index, tensors)
                         synchronize(device)
                         self._group.meet()  # the bucket is full
                         self._group.meet()  # and taken
         except BaseException as error:  # told by the next call of this object
             self._error = error
+
+    def _broadcast(
+        self, group: Group, tensors: dict[str, torch.Tensor], packing: Packing, device: torch.device
+    ) -> None:
+        """Fills one buffer while the other is on its way."""
+        free = [torch.empty(max(packing.sizes), dtype=torch.uint8, device=device) for _ in range(2)]
+        under_way: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        for index, size in enumerate(packing.sizes):
+            if not free:
+                buffer, sent = under_way.popleft()
+                sent.wait()
+                free.append(buffer)
+            buffer = free.pop()
+            fill(buffer, packing, index, tensors)
+            under_way.append((buffer, group.broadcast(buffer[:size])))
+        for _, sent in under_way:
+            sent.wait()
+        synchronize(device)
 
 
 class IncomingWeights:
@@ -196,16 +212,39 @@ class Reader:
         self._group = Group(store, manifest.session, rank, manifest.readers, manifest.host, self._device)
 
     def buckets(self, packing: Packing) -> Iterator[tuple[list[Parcel], torch.Tensor]]:
+        """Parcels of each bucket, in order, and the buffer that they lie in."""
+        if self._staged is None:
+            yield from self._broadcast(packing)
+            return
         for index, size in enumerate(packing.sizes):
             buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-            if self._staged is None:
-                self._group.broadcast(buffer)
-            else:
-                self._group.meet()
-                buffer.copy_(self._staged[:size])
-                synchronize(self._device)
-                self._group.meet()
+            self._group.meet()
+            buffer.copy_(self._staged[:size])
+            synchronize(self._device)
+            self._group.meet()
             yield list(packing.bucket(index)), buffer
+
+    def _broadcast(self, packing: Packing) -> Iterator[tuple[list[Parcel], torch.Tensor]]:
+        """Asks for the next bucket before it hands one on."""
+        under_way: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
+
+        def arrived() -> tuple[list[Parcel], torch.Tensor]:
+            index, buffer, received = under_way.popleft()
+            received.wait()
+            return list(packing.bucket(index)), buffer
+
+        for index, size in enumerate(packing.sizes):
+            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            under_way.append((index, buffer, self._group.broadcast(buffer)))
+            if index:
+                yield arrived()
+        yield arrived()
+
+
+def fill(buffer: torch.Tensor, packing: Packing, index: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies what belongs into bucket `index` there."""
+    for parcel in packing.bucket(index):
+        parcel.view(buffer).copy_(tensors[parcel.name])
 
 
 class Group:
@@ -228,20 +267,21 @@ class Group:
         """Waits until all have come this far."""
         self._gloo.barrier().wait()
 
-    def broadcast(self, buffer: torch.Tensor) -> None:
-        """Sends `buffer` from the publisher to all; on return it may be used again."""
+    def broadcast(self, buffer: torch.Tensor) -> dist.Work:
+        """Begins to send `buffer` from the publisher to all.
+
+        After `wait` of what it returns, what is asked of the device sees the contents and may overwrite them.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         if not buffer.is_cuda:
-            self._gloo.broadcast([buffer], options).wait()
-            return
+            return self._gloo.broadcast([buffer], options)
         if self._nccl is None:
             rank, size, _ = self._where
             self._nccl = dist.ProcessGroupNCCL(
                 dist.PrefixStore("nccl", self._store), rank, size, dist.ProcessGroupNCCL.Options()
             )
-        self._nccl.broadcast([buffer], options).wait()
-        torch.cuda.current_stream().synchronize()
+        return self._nccl.broadcast([buffer], options)
 
 
 _reader: Reader | None = None
