@@ -51,6 +51,7 @@ Overrides = Annotated[
 Dtype = Annotated[Precision, typer.Option(help="Of weights and activations.")]
 Engine = Annotated[EngineChoice, typer.Option(help="reference: token by token on the training model.")]
 CacheGib = Annotated[float, typer.Option(help="Memory for an engine's cache, in GiB.")]
+TensorParallel = Annotated[int, typer.Option(min=1, help="Ranks that share an engine, each on its GPU.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file; figures go beside it.")
 ]
@@ -72,6 +73,7 @@ def bench_rollout(
     steps: Annotated[int, typer.Option(min=1, help="Decoding steps that a case is timed over.")] = 32,
     dtype: Dtype = Precision.bfloat16,
     cache_gib: CacheGib = 1.0,
+    tensor_parallel: TensorParallel = 1,
     output: Output = Path("benchmarks/results/rollout.json"),
 ) -> None:
     """Time decoding and prefill of hybrid and full MLA, and count the sequences that fit.
@@ -87,7 +89,8 @@ def bench_rollout(
     workloads = [Workload(tokens, number or None) for tokens in context for number in sequences]
     results = new_results(output, preset, overrides, dtype, {"cache_gib": cache_gib, "steps": steps})
     models = both_architectures(preset, overrides)
-    for case in measure(models, workloads, prefill or [], getattr(torch, dtype.value), cache_gib, steps):
+    kind = getattr(torch, dtype.value)
+    for case in measure(models, workloads, prefill or [], kind, cache_gib, steps, tensor_parallel):
         report(results, case)
     finish(results, plot_rollout(results.cases, output.parent))
 
@@ -104,9 +107,12 @@ def bench_sync(
     dtype: Dtype = Precision.bfloat16,
     engine: Engine = EngineChoice.vllm,
     cache_gib: CacheGib = 0.25,
+    learners: Annotated[int, typer.Option(min=1, help="Ranks that share the learner (FSDP2).")] = 1,
+    engines: Annotated[int, typer.Option(min=1, help="Engines that get the weights.")] = 1,
+    tensor_parallel: TensorParallel = 1,
     output: Output = Path("benchmarks/results/sync.json"),
 ) -> None:
-    """Time weight sync from a learner's process to an engine, and compare digests of both sides."""
+    """Time weight sync from a learner's processes to engines, and compare digests of both sides."""
     import torch
 
     from rlscale.bench.plots import plot_bars
@@ -115,10 +121,17 @@ def bench_sync(
     from rlscale.weights.transport import MIB, Transport
 
     results = new_results(output, preset, overrides, dtype, {"bucket_mib": bucket_mib})
-    way = Transport(transport.value, 1, bucket_mib * MIB, output.parent / "weights")
-    config = RolloutConfig(engine=engine.value, cache_gib=cache_gib, max_num_seqs=4)
+    readers = engines * tensor_parallel
+    way = Transport(transport.value, readers, bucket_mib * MIB, output.parent / "weights")
+    config = RolloutConfig(
+        engine=engine.value,
+        workers=engines,
+        cache_gib=cache_gib,
+        max_num_seqs=4,
+        tensor_parallel_size=tensor_parallel,
+    )
     model = both_architectures(preset, overrides)["hybrid"]
-    for case in measure(model, getattr(torch, dtype.value), way, repeats, config):
+    for case in measure(model, getattr(torch, dtype.value), way, repeats, config, learners):
         report(results, case)
     labels = [str(case["version"]) for case in results.cases]
     finish(results, plot_bars(results.cases, labels, "gb_per_s", "GB/s", output.parent, "sync"))

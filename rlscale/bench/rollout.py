@@ -13,8 +13,8 @@ from transformers import KimiLinearConfig
 from kimi_linear.config import cache_size
 from rlscale.bench.results import release, synchronize
 from rlscale.config import Architecture
-from rlscale.memory import GIB, peak_bytes
-from rlscale.rollout.vllm_engine import CachePool, start_engine
+from rlscale.memory import GIB
+from rlscale.rollout.vllm_engine import CachePool, engine_peak_bytes, start_engine
 
 _WARM_STEPS = 8
 _PROMPT_TOKEN = 3
@@ -40,20 +40,22 @@ def bench_rollout(
     dtype: torch.dtype,
     cache_gib: float,
     steps: int,
+    tensor_parallel_size: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Cases as plain dictionaries, one architecture after the other, each in an engine of its own.
 
     Decoding: `step_ms` (time per output token, scheduling and greedy sampling included), `tokens_per_s`; both
     None where so many sequences do not fit.
-    Both kinds: `cache_bytes_per_sequence`, `sequences_that_fit`, `peak_bytes` of memory that this process has
-    used so far, the engine's cache included. Prefill of a single prompt: `prefill_s`.
+    Both kinds: `cache_bytes_per_sequence` on all ranks together, `sequences_that_fit`, `peak_bytes` of memory
+    that a process of the engine has used so far, its cache included. Prefill of a single prompt: `prefill_s`.
     Weights are vLLM's random ones; contexts behind which an engine decodes are planted, not computed.
 
     Args:
         models: the two shapes to compare.
         prefills: prompt lengths to prefill for real.
-        cache_gib: memory of an engine's cache.
+        cache_gib: memory of an engine's cache, on each rank.
         steps: decoding steps that a case is timed over.
+        tensor_parallel_size: ranks that share an engine.
 
     Raises:
         UserError: the engine cannot start.
@@ -63,26 +65,50 @@ def bench_rollout(
     for architecture, model in models.items():
         model.model_max_length = max(model.max_position_embeddings, room)
         model.max_position_embeddings = model.model_max_length
-        most = max(_most_sequences(model, workload, dtype, cache_gib) for workload in workloads)
-        engine = start_engine(model, dtype, room, most, cache_gib, planted_contexts=True)
+        most = max(
+            most_sequences(model, workload, dtype, cache_gib, tensor_parallel_size) for workload in workloads
+        )
+        engine = start_engine(
+            model,
+            dtype,
+            room,
+            most,
+            cache_gib,
+            planted_contexts=True,
+            tensor_parallel_size=tensor_parallel_size,
+        )
         try:
             bench = EngineBench(engine, steps)
-            about: dict[str, Any] = {"architecture": architecture}
+            about: dict[str, Any] = {"architecture": architecture, "tensor_parallel": tensor_parallel_size}
             for length in prefills:
-                yield {**about, "kind": "prefill", **bench.prefill(length), "peak_bytes": peak_bytes()}
+                yield {
+                    **about,
+                    "kind": "prefill",
+                    **bench.prefill(length),
+                    "peak_bytes": engine_peak_bytes(engine),
+                }
             for workload in workloads:
-                yield {**about, "kind": "decode", **bench.decode(workload), "peak_bytes": peak_bytes()}
+                yield {
+                    **about,
+                    "kind": "decode",
+                    **bench.decode(workload),
+                    "peak_bytes": engine_peak_bytes(engine),
+                }
         finally:
             engine.engine_core.shutdown()
             del engine, bench
             release()
 
 
-def _most_sequences(model: KimiLinearConfig, workload: Workload, dtype: torch.dtype, cache_gib: float) -> int:
-    """Of a workload, at most; vLLM's blocks hold a little less."""
+def most_sequences(
+    model: KimiLinearConfig, workload: Workload, dtype: torch.dtype, cache_gib: float, ranks: int
+) -> int:
+    """Of a workload on an engine of `ranks` ranks, at most; vLLM's blocks hold a little less."""
     if workload.sequences is not None:
         return workload.sequences
-    return max(1, int(cache_gib * GIB) // cache_size(model, dtype, dtype).at(workload.context))
+    size = cache_size(model, dtype, dtype)
+    one_rank = size.bytes_per_token * workload.context + size.bytes_per_sequence // ranks
+    return max(1, int(cache_gib * GIB) // one_rank)
 
 
 class EngineBench:
@@ -98,7 +124,7 @@ class EngineBench:
     def decode(self, workload: Workload) -> dict[str, Any]:
         """Time per step while all sequences of the workload decode."""
         tokens = workload.context + self._steps + 4 * _WARM_STEPS
-        fit = self._pool.sequences(tokens)
+        fit = min(self._pool.sequences(tokens), self._scheduler.max_num_running_reqs)
         sequences = fit if workload.sequences is None else workload.sequences
         case: dict[str, Any] = {
             "context": workload.context,

@@ -13,6 +13,9 @@ from rlscale import cli
 from rlscale.bench.learner import padded_batch, ragged_lengths, ragged_rollouts
 from rlscale.bench.mismatch import compare_logprobs, random_policy, random_prompts
 from rlscale.bench.rollout import Workload, bench_rollout
+from rlscale.bench.sync import engine_places
+from rlscale.config import RolloutConfig
+from rlscale.errors import UserError
 from rlscale.types import Completion
 
 SHAPE = preset("tiny", {"hidden_size": 64, "intermediate_size": 96})
@@ -117,6 +120,39 @@ def test_a_sync_bench_times_two_processes_whose_weights_agree(
     assert [case["version"] for case in cases] == [0, 1]
     assert all(case["digests_agree"] and case["gb_per_s"] > 0 for case in cases)
     assert (tmp_path / "sync.png").exists()
+
+
+def test_a_sync_bench_gathers_from_the_learners_ranks_for_every_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "sync.json"
+    arguments = ["--transport", "nccl", "--engine", "reference", "--learners", "2", "--engines", "2"]
+    arguments += ["--repeats", "2", "--bucket-mib", "1", "--dtype", "float32", "-o", str(out)]
+    assert rlscale(monkeypatch, "bench", "sync", *arguments) == 0
+    cases = json.loads(out.read_text())["cases"]
+    assert [(case["learners"], case["engines"], case["digests_agree"]) for case in cases] == [
+        (2, 2, True)
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("transport", "engines", "ranks", "gpus", "expected"),
+    [
+        ("nccl", 1, 1, 0, [None]),
+        ("nccl", 1, 1, 2, [[1]]),
+        ("nccl", 2, 2, 8, [[6, 7], [4, 5]]),
+        ("shared_memory", 1, 2, 2, [[0, 1]]),
+        ("cuda_ipc", 1, 1, 2, [[0]]),
+    ],
+)
+def test_engines_take_gpus_from_the_last_on(
+    transport: str, engines: int, ranks: int, gpus: int, expected: list[list[int] | None]
+) -> None:
+    config = RolloutConfig(workers=engines, tensor_parallel_size=ranks)
+    assert engine_places(transport, config, gpus) == expected
+    if transport == "nccl" and gpus:
+        with pytest.raises(UserError, match=rf"need {gpus + 1} GPUs with the learner's"):
+            engine_places(transport, RolloutConfig(workers=gpus), gpus)
 
 
 def test_a_learner_bench_times_both_trainers_on_the_same_tokens(

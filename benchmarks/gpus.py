@@ -1,0 +1,386 @@
+"""Measures what several GPUs of one host do together, one process a GPU, over NCCL.
+
+    python -m benchmarks.gpus [link] [learner] [context] [--ranks 2] [--output benchmarks/results/gpus.json]
+
+- link: GB/s of broadcasts and all-gathers, which is what weight sync can reach.
+- learner: one training step of a learner that its ranks share (FSDP2) against the same step on one GPU: how
+  far gradients and weights differ, relative to the norm of the gradient and of the step; then seconds of a
+  step in bfloat16.
+- context: KDA of one sequence that the ranks share along its tokens against one GPU that has it whole:
+  forward, forward and backward, and relative errors of output and gradients.
+
+Without names all three. Without GPUs everything is small and goes over gloo, for a trial. The file is written
+again after every case; a part that fails says so in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
+from transformers import KimiLinearConfig
+
+from kimi_linear.ops import chunk_kda
+from kimi_linear.ops.context_parallel import context_parallel_kda, split_sequences
+from rlscale.bench.learner import ragged_lengths, ragged_rollouts
+from rlscale.bench.mismatch import random_policy
+from rlscale.bench.results import Results, release, synchronize
+from rlscale.config import GRPOConfig, LearnerConfig, ModelConfig
+from rlscale.learner.learner import OPTIMIZER_FILE, Learner
+from rlscale.learner.ranks import Ranks, free_address
+from rlscale.models import model_config
+
+Case = dict[str, Any]
+MIB = 1 << 20
+ACTIVATIONS = {
+    "use_qk_l2norm_in_kernel": True,
+    "use_gate_in_kernel": True,
+    "use_beta_sigmoid_in_kernel": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large the cases are.
+
+    Args:
+        bytes: of the messages that the link is measured with.
+        model: preset that the learner trains.
+        sequences, mean_length, longest: of its batch.
+        heads, head_dim: of the KDA layer.
+        tokens: of the sequences that the ranks share; outputs are compared at the first.
+        repeats: timings to take the median of.
+    """
+
+    bytes: tuple[int, ...]
+    model: str
+    sequences: int
+    mean_length: int
+    longest: int
+    heads: int
+    head_dim: int
+    tokens: tuple[int, ...]
+    repeats: int
+
+
+GPU = Sizes(
+    bytes=(32 * MIB, 128 * MIB, 1024 * MIB),
+    model="small",
+    sequences=32,
+    mean_length=1024,
+    longest=4096,
+    heads=32,
+    head_dim=128,
+    tokens=(1 << 17, 1 << 18, 1 << 19, 1 << 20),
+    repeats=5,
+)
+CPU = Sizes((MIB,), "tiny", 4, 10, 20, 2, 16, (128, 256), 1)
+
+
+def rank_main(rank: int, ranks: int, address: str, names: list[str], sizes: Sizes, output: Path) -> None:
+    """One rank of all parts; rank 0 keeps the cases."""
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    device = torch.device("cuda" if on_gpus else "cpu")
+    team = Ranks.join(address, rank, ranks, device)
+    results = Results(output if rank == 0 else None, {"ranks": ranks})
+    for name in names:
+        try:
+            for case in PARTS[name](team, device, sizes):
+                case = {"part": name, "ranks": ranks, **case}
+                results.add(case)
+                if rank == 0:
+                    print(shown(case), flush=True)
+        except Exception as error:  # what was measured before and what comes after is worth having
+            traceback.print_exc()
+            results.add({"part": name, "ranks": ranks, "error": f"{type(error).__name__}: {error}"})
+        release()
+    dist.destroy_process_group()
+
+
+def shown(case: Case) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in case.items())
+
+
+def seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median over `repeats`, after one call to warm up, of the time that the slowest rank takes."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize()
+        dist.barrier()
+        begun = time.perf_counter()
+        call()
+        synchronize()
+        taken = torch.tensor([time.perf_counter() - begun], device=device)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        times.append(taken.item())
+    return median(times[1:])
+
+
+def idle() -> None:
+    """What a rank does that has no part in a measurement."""
+
+
+def link(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
+    """GB/s that a rank receives."""
+    for size in sizes.bytes:
+        whole = torch.zeros(size, dtype=torch.uint8, device=device)
+        share = torch.zeros(size // team.size, dtype=torch.uint8, device=device)
+        gathered = torch.empty(len(share) * team.size, dtype=torch.uint8, device=device)
+        for name, call, received in (
+            ("broadcast", lambda x=whole: dist.broadcast(x, src=0), size),
+            (
+                "all-gather",
+                lambda x=gathered, y=share: dist.all_gather_into_tensor(x, y),
+                len(share) * (team.size - 1),
+            ),
+        ):
+            taken = seconds(call, 4 * sizes.repeats, device)
+            yield {"case": name, "bytes": size, "ms": 1e3 * taken, "gb_per_s": received / taken / 1e9}
+
+
+def learner(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
+    """A step shared by all ranks against the same step on rank 0 alone."""
+    for architecture in ("hybrid", "mla"):
+        shape = model_config(ModelConfig(preset=sizes.model), architecture)
+        lengths = ragged_lengths(sizes.sequences, sizes.mean_length, sizes.longest)
+        yield {
+            "architecture": architecture,
+            "dtype": "float32",
+            **step_differences(shape, lengths, team, device),
+        }
+        release()
+        rollouts = ragged_rollouts(shape, lengths)
+        tokens = sum(len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts)
+        for size in (1, team.size):
+            ours = built(shape, torch.bfloat16, lengths, device)
+            ours.shard(team if size > 1 else Ranks())
+            step = partial(ours.train_step, rollouts, 1.0) if team.rank < size else idle
+            taken = seconds(step, sizes.repeats, device)
+            yield {
+                "architecture": architecture,
+                "dtype": "bfloat16",
+                "learners": size,
+                "step_s": taken,
+                "tokens_per_s": tokens / taken,
+            }
+            del ours, step
+            release()
+
+
+def built(shape: KimiLinearConfig, dtype: torch.dtype, lengths: list[int], device: torch.device) -> Learner:
+    """A learner of random weights, whose micro-batches hold two of the longest sequences."""
+    model = random_policy(shape, 0).to(device, dtype).train()
+    config = LearnerConfig(tokens_per_micro_batch=2 * max(lengths) + 64, warmup_steps=0)
+    return Learner(model, config, GRPOConfig(), seed=0)
+
+
+def step_differences(shape: KimiLinearConfig, lengths: list[int], team: Ranks, device: torch.device) -> Case:
+    """What differs after one step in float32, read from the checkpoints of both learners.
+
+    `gradient_error`: norm of the difference of the gradients, relative to their norm (of AdamW's first
+    moments, which after one step are the clipped gradients times a constant). `weight_error`: norm of the
+    difference of the weights, relative to the norm of the step. `loss_error`, `grad_norm_error`: relative.
+    """
+    rollouts = ragged_rollouts(shape, lengths)
+    with tempfile.TemporaryDirectory() as name:
+        alone, shared = Path(name) / "alone", Path(name) / "shared"
+        case: Case = {}
+        if team.rank == 0:
+            ours = built(shape, torch.float32, lengths, device)
+            before = {key: x.detach().cpu().clone() for key, x in ours.named_weights()}
+            expected = ours.train_step(rollouts, 1.0)
+            ours.save(alone)
+            del ours
+            release()
+        dist.barrier()
+        ours = built(shape, torch.float32, lengths, device)
+        ours.shard(team)
+        found = ours.train_step(rollouts, 1.0)
+        ours.save(shared)
+        if team.rank == 0:
+            weights = [saved(folder, "model*.safetensors", "") for folder in (alone, shared)]
+            moments = [saved(folder, OPTIMIZER_FILE, ".exp_avg") for folder in (alone, shared)]
+            step = {key: weights[0][key] - before[key] for key in before}
+            case = {
+                "gradient_error": distance(*moments) / norm(moments[0]),
+                "weight_error": distance(*weights) / norm(step),
+                "loss_error": abs(found["loss"] / expected["loss"] - 1),
+                "grad_norm_error": abs(found["grad_norm"] / expected["grad_norm"] - 1),
+            }
+    return case
+
+
+def saved(folder: Path, files: str, ending: str) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint whose names have this ending."""
+    tensors = (item for path in folder.glob(files) for item in load_file(path).items())
+    return {name: x for name, x in tensors if name.endswith(ending)}
+
+
+def norm(tensors: dict[str, torch.Tensor]) -> float:
+    return sum(float(x.double().square().sum()) for x in tensors.values()) ** 0.5
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return norm({name: one[name] - other[name] for name in one})
+
+
+def context(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
+    """One sequence over all ranks, and whole on rank 0, where it fits."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for tokens in sizes.tokens:
+        case: Case = {"tokens": tokens, "heads": sizes.heads, "head_dim": sizes.head_dim}
+        own = tokens // team.size
+        share = split_sequences(torch.tensor([0, tokens]), [own] * team.size, team.rank, device)
+
+        def shared(inputs: dict[str, torch.Tensor], share: Any = share) -> torch.Tensor:
+            return context_parallel_kda(**inputs, share=share, **ACTIVATIONS)
+
+        if tokens == sizes.tokens[0]:
+            case |= context_errors(
+                shared, tokens, slice(team.rank * own, (team.rank + 1) * own), dtype, device, sizes
+            )
+        inputs = kda_inputs(own, dtype, device, sizes)
+        for name, backward in (("forward", False), ("forward_backward", True)):
+            call = kda_call(shared, inputs, backward)
+            case[f"shared_{name}_ms"] = 1e3 * seconds(call, sizes.repeats, device)
+        del inputs, call
+        release()
+        for name, backward in (("forward", False), ("forward_backward", True)):
+            taken = alone_seconds(tokens, backward, dtype, device, sizes, team)
+            case[f"alone_{name}_ms"] = None if taken is None else 1e3 * taken
+            case[f"{name}_speedup"] = None if taken is None else 1e3 * taken / case[f"shared_{name}_ms"]
+            release()
+        yield case
+
+
+def alone_seconds(
+    tokens: int, backward: bool, dtype: torch.dtype, device: torch.device, sizes: Sizes, team: Ranks
+) -> float | None:
+    """Of the whole sequence on rank 0 while the others wait; None where it does not fit."""
+    fits = torch.ones(1, device=device)
+    call: Callable[[], object] = idle
+    if team.rank == 0:
+        try:
+            call = kda_call(whole_kda, kda_inputs(tokens, dtype, device, sizes), backward)
+            call()
+        except torch.OutOfMemoryError:
+            fits.zero_()
+            call = idle
+    dist.broadcast(fits, src=0)
+    if not fits.item():
+        return None
+    return seconds(call, sizes.repeats, device)
+
+
+def whole_kda(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return chunk_kda(**inputs, **ACTIVATIONS)[0]
+
+
+def kda_inputs(
+    tokens: int, dtype: torch.dtype, device: torch.device, sizes: Sizes
+) -> dict[str, torch.Tensor]:
+    """As a layer's projections give them, with the same A_log and dt_bias on every rank: rates of 1 to 16,
+    steps of 0.001 to 0.1, as the released model starts."""
+    shape = (1, tokens, sizes.heads, sizes.head_dim)
+    inputs = {name: torch.randn(shape, device=device, dtype=dtype) for name in "qkvg"}
+    inputs["beta"] = torch.randn(shape[:3], device=device, dtype=dtype)
+    steps = torch.linspace(-6.9, -2.3, sizes.heads * sizes.head_dim, device=device).exp()
+    inputs["A_log"] = torch.linspace(1, 16, sizes.heads, device=device).log()
+    inputs["dt_bias"] = steps + torch.log(-torch.expm1(-steps))
+    return inputs
+
+
+def kda_call(
+    kda: Callable[[dict[str, torch.Tensor]], torch.Tensor], inputs: dict[str, torch.Tensor], backward: bool
+) -> Callable[[], None]:
+    """A forward pass, or one with the backward pass of all inputs."""
+    leaves = {name: x.detach().requires_grad_(backward) for name, x in inputs.items()}
+    gradient = torch.ones_like(inputs["v"])
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            o = kda(leaves)
+            if backward:
+                torch.autograd.grad(o, list(leaves.values()), gradient)
+
+    return call
+
+
+def context_errors(
+    shared: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    tokens: int,
+    mine: slice,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes,
+) -> dict[str, float]:
+    """Largest relative error over the ranks of output and gradients against the whole sequence on one GPU."""
+    torch.manual_seed(0)  # all ranks draw the same sequence
+    whole = {name: x.requires_grad_() for name, x in kda_inputs(tokens, dtype, device, sizes).items()}
+    expected = whole_kda(whole)
+    gradient = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, list(whole.values()), gradient)
+    part = {
+        name: (x if x.ndim == 1 else x[:, mine]).detach().contiguous().requires_grad_()
+        for name, x in whole.items()
+    }
+    o = shared(part)
+    found = torch.autograd.grad(o, list(part.values()), gradient[:, mine])
+    errors = {"o": relative_error(o, expected[:, mine])}
+    for name, x, want in zip(part, found, wanted, strict=True):
+        if x.ndim == 1:
+            dist.all_reduce(x)
+        errors[name] = relative_error(x, want if x.ndim == 1 else want[:, mine])
+    worst = torch.tensor(list(errors.values()), device=device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return {f"error_{name}": value for name, value in zip(errors, worst.tolist(), strict=True)}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.detach().float(), expected.detach().float()
+    return float((found - expected).norm() / expected.norm())
+
+
+PARTS: dict[str, Callable[[Ranks, torch.device, Sizes], Iterator[Case]]] = {
+    "link": link,
+    "learner": learner,
+    "context": context,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which; all without")
+    parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpus.json"))
+    chosen = parser.parse_args(arguments)
+    on_gpus = torch.cuda.is_available()
+    if on_gpus and chosen.ranks > torch.cuda.device_count():
+        parser.error(f"--ranks {chosen.ranks} needs as many GPUs, there are {torch.cuda.device_count()}")
+    multiprocessing.spawn(
+        rank_main,
+        (chosen.ranks, free_address(), chosen.parts or list(PARTS), GPU if on_gpus else CPU, chosen.output),
+        nprocs=chosen.ranks,
+    )
+
+
+if __name__ == "__main__":
+    main()
