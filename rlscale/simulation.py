@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlscale.algorithms import SelectionConfig
@@ -21,54 +20,21 @@ from rlscale.config import AsynchronousConfig, ModeConfig
 from rlscale.experience import Prompt, ScoredGroup
 from rlscale.rollout.pool import Usage, even_slices
 from rlscale.selection import Selection
+from rlscale.simulated_engine import Draft, Engine, Group, SimulatedEngines
 from rlscale.sources import experience_source
 from rlscale.staleness import staleness_metrics
 from rlscale.types import Completion, GenerationReport, GroupRequest, Problem, Rollout, Sampling
 from rlscale.weights.base import SyncReport
 
-_TOKEN_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedEngines:
-    """What engines there are and how fast they draw.
-
-    A step that draws one token of each of n completions behind c tokens of context, of all n together, takes
-    `step_s + n * completion_s + c * context_token_s` seconds.
-
-    Args:
-        workers: engines.
-        max_num_seqs: completions that one engine draws at the same time.
-        prefill_token_s: seconds to read a token of a prompt, or to read one again after a weight update in
-            flight.
-        prompt_tokens: of each completion.
-    """
-
-    workers: int
-    max_num_seqs: int
-    step_s: float
-    completion_s: float
-    prefill_token_s: float
-    context_token_s: float = 0.0
-    prompt_tokens: float = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Of all engines together, full of completions that have just begun, contexts apart."""
-        step_s = self.step_s + self.max_num_seqs * self.completion_s
-        return self.workers * self.max_num_seqs / step_s
-
 
 @dataclass(frozen=True, slots=True)
 class SimulatedLearner:
     """How long training takes: `step_s + tokens * token_s` seconds a step, and `sync_s` to bring the engines
-    to the new weights, during which they stand still; before it `step_end_s`, until their steps under way
-    have ended."""
+    to the new weights, once their slices under way have ended."""
 
     step_s: float
     token_s: float
     sync_s: float
-    step_end_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,137 +163,6 @@ class SimulatedClock:
         event()
 
 
-@dataclass(slots=True, eq=False)
-class _Group:
-    """A request, and its completions so far."""
-
-    request: GroupRequest
-    deliver: Callable[[list[Completion]], None]
-    drafts: list[_Draft] = field(default_factory=list)
-    oldest_version: int | None = None
-    finished: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Draft:
-    """A completion in the making. `spans` holds weights' versions, each with the tokens drawn before it."""
-
-    group: _Group
-    length: int
-    spans: list[tuple[int, int]] = field(default_factory=list)
-
-    def completion(self) -> Completion:
-        ends = [start for _, start in self.spans[1:]] + [self.length]
-        versions: list[int] = []
-        for (version, start), end in zip(self.spans, ends, strict=True):
-            versions += [version] * (end - start)
-        return Completion([0] * self.length, [0.0] * self.length, versions, "stop")
-
-
-class _Engine:
-    """Draws all its completions at the same pace, which their number and contexts set.
-
-    `_depth` counts the tokens that a completion running all the time would have by now, so each ends at a
-    depth that is known when it begins.
-    """
-
-    def __init__(self, pool: _Pool) -> None:
-        self._pool, self._speed = pool, pool.engines
-        self.waiting: deque[_Draft] = deque()
-        self._running: list[tuple[float, int, _Draft]] = []  # a heap, by the depth at which each ends
-        self._count = itertools.count()
-        self._depth = 0.0
-        self._drawn = 0.0  # tokens of the completions that run
-        self._settled = 0.0  # time up to which progress is on record
-        self._still_until = 0.0
-        self._plan = 0  # events of earlier plans are void
-
-    @property
-    def load(self) -> int:
-        return len(self.waiting) + len(self._running)
-
-    def take(self, group: _Group) -> None:
-        self.settle()
-        self.waiting.extend(group.drafts)
-        self.plan()
-
-    def forget(self, groups: set[_Group]) -> None:
-        self.settle()
-        self.waiting = deque(draft for draft in self.waiting if draft.group not in groups)
-        kept = [entry for entry in self._running if entry[2].group not in groups]
-        if len(kept) < len(self._running):
-            self._running = kept
-            heapq.heapify(kept)
-            self._drawn = sum(draft.length - (end - self._depth) for end, _, draft in kept)
-        self.plan()
-
-    def stand_still(self, seconds: float) -> None:
-        self.settle()
-        self._still_until = max(self._still_until, self._pool.clock() + seconds)
-        self.plan()
-
-    def update(self, version: int, recompute: bool) -> None:
-        self.settle()
-        for end, _, draft in self._running:
-            drawn = draft.length - math.ceil(end - self._depth - _TOKEN_TOLERANCE)
-            draft.spans.append((version, drawn))
-        if recompute:
-            read = self._drawn + len(self._running) * self._speed.prompt_tokens
-            self.stand_still(self._speed.prefill_token_s * read)
-
-    def settle(self) -> None:
-        """Puts what was drawn since the last time on record."""
-        now = self._pool.clock()
-        seconds = max(0.0, now - max(self._settled, self._still_until))
-        self._settled = now
-        n = len(self._running)
-        if n and seconds:
-            # step_s rises with every token drawn: seconds = tokens * step_s + tokens^2 * rise / 2.
-            step_s, rise = self._step_s, n * self._speed.context_token_s
-            tokens = 2 * seconds / (step_s + math.sqrt(step_s**2 + 2 * rise * seconds))
-            self._depth += tokens
-            self._drawn += n * tokens
-            self._pool.worked(seconds, n)
-
-    def plan(self) -> None:
-        """Fills free places and sets the next event: the end of the shortest completion."""
-        begun = 0
-        while self.waiting and len(self._running) < self._speed.max_num_seqs:
-            draft = self.waiting.popleft()
-            draft.spans.append((self._pool.version, 0))
-            if draft.group.oldest_version is None:
-                draft.group.oldest_version = self._pool.version
-            heapq.heappush(self._running, (self._depth + draft.length, next(self._count), draft))
-            begun += 1
-        if begun:
-            prefill_s = begun * self._speed.prompt_tokens * self._speed.prefill_token_s
-            self._still_until = max(self._still_until, self._pool.clock()) + prefill_s
-        self._plan += 1
-        if self._running:
-            begin = max(self._pool.clock(), self._still_until)
-            shortest = max(0.0, self._running[0][0] - self._depth)
-            rise = len(self._running) * self._speed.context_token_s
-            plan = self._plan
-            self._pool.at(begin + shortest * self._step_s + shortest**2 * rise / 2, lambda: self._end(plan))
-
-    def _end(self, plan: int) -> None:
-        if plan != self._plan:
-            return
-        self.settle()
-        ended = []
-        while self._running and self._running[0][0] - self._depth <= _TOKEN_TOLERANCE:
-            ended.append(heapq.heappop(self._running)[2])
-            self._drawn -= ended[-1].length
-        self.plan()
-        self._pool.ended(ended)
-
-    @property
-    def _step_s(self) -> float:
-        speed, n = self._speed, len(self._running)
-        context = self._drawn + n * speed.prompt_tokens
-        return speed.step_s + n * speed.completion_s + context * speed.context_token_s
-
-
 class _Pool:
     """See `rlscale.sources.Rollouts`."""
 
@@ -339,11 +174,13 @@ class _Pool:
         recompute: bool,
     ) -> None:
         self.engines, self.version = engines, -1
-        self.at = clock.at
         self._clock, self._lengths, self._recompute = clock, lengths, recompute
-        self._engines = [_Engine(self) for _ in range(engines.workers)]
-        self._queue: deque[_Group] = deque()
+        self._engines = [Engine(self) for _ in range(engines.workers)]
+        self._queue: deque[Group] = deque()
         self._usage = Usage()
+
+    def at(self, time: float, event: Callable[[], None]) -> None:
+        self._clock.at(time, event)
 
     @property
     def workers(self) -> int:
@@ -371,41 +208,50 @@ class _Pool:
     def stream(self, on_group: Callable[[int, list[Completion]], None]) -> _Stream:
         return _Stream(self, on_group)
 
-    def group(self, request: GroupRequest, deliver: Callable[[list[Completion]], None]) -> _Group:
-        group = _Group(request, deliver)
+    def group(self, request: GroupRequest, deliver: Callable[[list[Completion]], None]) -> Group:
+        group = Group(request, deliver)
         for sample in range(request.sampling.samples):
             length = self._lengths(request.sampling.first_prompt, sample)
-            group.drafts.append(_Draft(group, length))
+            group.drafts.append(Draft(group, length))
         return group
 
-    def spread(self, groups: Sequence[_Group]) -> None:
+    def spread(self, groups: Sequence[Group]) -> None:
         for engine, (first, end) in zip(
             self._engines, even_slices(len(groups), len(self._engines)), strict=True
         ):
             for group in groups[first:end]:
                 engine.take(group)
+            engine.look_up()
 
-    def enqueue(self, groups: Sequence[_Group]) -> None:
+    def enqueue(self, groups: Sequence[Group]) -> None:
         self._queue.extend(groups)
         self._assign()
 
-    def forget(self, groups: set[_Group]) -> None:
+    def forget(self, groups: set[Group]) -> None:
         self._queue = deque(group for group in self._queue if group not in groups)
         for engine in self._engines:
             engine.forget(groups)
         self._assign()
 
-    def update(self, version: int) -> None:
+    def pause(self) -> None:
+        """Waits until every engine has ended its slice; none begins another before `resume`."""
+        for engine in self._engines:
+            engine.pause()
+        self._clock.run_while(lambda: any(engine.steps for engine in self._engines))
+
+    def resume(self, version: int) -> None:
+        """Lets the engines go on under new weights."""
         self.version = version
         for engine in self._engines:
             engine.update(version, self._recompute)
-
-    def stand_still(self, seconds: float) -> None:
-        for engine in self._engines:
-            engine.stand_still(seconds)
+            engine.resume()
 
     def wait_while(self, waiting: Callable[[], bool]) -> None:
         self._clock.run_while(waiting)
+
+    def hand_over(self, completions: int) -> None:
+        seconds = self.engines.batch_s + completions * self.engines.batch_completion_s
+        self._clock.run_until(self._clock.now + seconds)
 
     def worked(self, seconds: float, completions: int) -> None:
         usage = self._usage
@@ -413,7 +259,7 @@ class _Pool:
             usage, busy_s=usage.busy_s + seconds, completion_s=usage.completion_s + seconds * completions
         )
 
-    def ended(self, drafts: Sequence[_Draft]) -> None:
+    def ended(self, drafts: Sequence[Draft]) -> None:
         for draft in drafts:
             group = draft.group
             group.finished += 1
@@ -425,8 +271,10 @@ class _Pool:
         while self._queue:
             engine = min(self._engines, key=lambda engine: engine.load)
             if engine.load >= self.engines.max_num_seqs:
-                return
+                break
             engine.take(self._queue.popleft())
+        for engine in self._engines:
+            engine.look_up()
 
 
 class _Generation:
@@ -448,6 +296,7 @@ class _Generation:
     def result(self) -> GenerationReport:
         self._pool.wait_while(lambda: len(self._finished) < len(self._groups))
         completions = [self._finished[i] for i in range(len(self._groups))]
+        self._pool.hand_over(sum(map(len, completions)))
         return GenerationReport(completions, self._ended - self._started)
 
     def cancel(self) -> None:
@@ -463,7 +312,7 @@ class _Stream:
 
     def __init__(self, pool: _Pool, on_group: Callable[[int, list[Completion]], None]) -> None:
         self._pool, self._on_group = pool, on_group
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, Group] = {}
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         groups = [
@@ -502,10 +351,9 @@ class _Weights:
 
     def sync_weights(self) -> SyncReport:
         started = self._clock.now
-        self._clock.run_until(started + self._costs.step_end_s)
-        self._pool.stand_still(self._costs.sync_s)
+        self._pool.pause()
         self._clock.run_until(self._clock.now + self._costs.sync_s)
-        self._pool.update(self._pool.version + 1)
+        self._pool.resume(self._pool.version + 1)
         return SyncReport(self._pool.version, 0, self._clock.now - started)
 
     def close(self) -> None:

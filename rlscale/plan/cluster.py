@@ -18,7 +18,7 @@ from transformers import KimiLinearConfig
 from kimi_linear.flops import forward_flops, training_flops
 from rlscale.config import AsynchronousConfig, ModeConfig, OneStepOffConfig
 from rlscale.errors import UserError
-from rlscale.plan.costs import EngineCosts, EngineSample, LearnerCosts
+from rlscale.plan.costs import EngineCosts, EngineSample, HandOverCosts, LearnerCosts
 from rlscale.plan.hardware import Device, Efficiency
 from rlscale.plan.lengths import CoarseLengths, Lengths, PartOfBatch
 from rlscale.plan.memory import (
@@ -29,7 +29,8 @@ from rlscale.plan.memory import (
     learner_memory,
     weight_bytes,
 )
-from rlscale.simulation import SimulatedEngines, SimulatedLearner, SimulationReport, simulate
+from rlscale.simulated_engine import SimulatedEngines
+from rlscale.simulation import SimulatedLearner, SimulationReport, simulate
 
 GB = 1e9
 
@@ -37,6 +38,7 @@ _SIMULATED_ENGINES = 8
 _SIMULATED_COMPLETIONS = 384  # of a step
 _GRAINS = 96  # that a completion of mean length is counted in
 _REPORTED_STEPS = 12
+_REPORTED_CYCLES = 4  # of an asynchronous run, in each of which the engines run ahead as far as they may
 _CURVE = 512  # lengths that stand for all of a batch's
 
 
@@ -107,6 +109,7 @@ class Job:
         max_num_seqs: that an engine takes at the same time.
         cache_bytes: of an engine; None fills what its weights leave of the device.
         micro_batch_tokens, checkpointing: as `learner.*`.
+        slice_s, reads_apart: of its engines, see `rlscale.simulation.SimulatedEngines`.
     """
 
     model: KimiLinearConfig
@@ -116,11 +119,14 @@ class Job:
     work: Work
     engine: EngineCosts
     learner: LearnerCosts
+    hand_over: HandOverCosts
     sync: SyncCost
     max_num_seqs: int
     cache_bytes: float | None
     micro_batch_tokens: int
     checkpointing: bool
+    slice_s: float
+    reads_apart: bool
 
     @cached_property
     def layout(self) -> CacheLayout:
@@ -221,7 +227,8 @@ class Job:
             passes = max(1, math.ceil(tokens / split.learners / self.micro_batch_tokens))
             link = self.device.link_bandwidth * self.efficiency.link
             seconds = max(seconds, (2 * passes + 1) * weight_bytes(self.model, self.dtype) / link)
-        return self.learner.step_s.value + seconds
+        sequences = self.work.completions / split.learners
+        return self.learner.step_s.value + sequences * self.learner.sequence_s.value + seconds
 
     def sync_s(self, split: Split) -> float:
         """Seconds to bring the engines to new weights."""
@@ -341,7 +348,8 @@ def bound(job: Job, mode: ModeConfig, split: Split) -> float:
     learner_s, sync_s = job.learner_s(split), job.sync_s(split)
     if isinstance(mode, AsynchronousConfig):
         return max(_stream_s(job, mode, split), learner_s + _step_end_s(job, mode, split)) + sync_s
-    batch_s = _batch_s(job, split)
+    hand_over_s = job.hand_over.batch_s.value + job.work.completions * job.hand_over.completion_s.value
+    batch_s = _batch_s(job, split) + hand_over_s
     if isinstance(mode, OneStepOffConfig):
         return max(batch_s, learner_s) + sync_s
     return batch_s + learner_s + sync_s
@@ -363,7 +371,10 @@ def simulate_step(job: Job, mode: ModeConfig, split: Split) -> tuple[SimulationR
     lengths: Lengths = CoarseLengths(work.lengths, grain)
     if prompts < work.prompts and not isinstance(mode, AsynchronousConfig):
         lengths = PartOfBatch(lengths, prompts, work.completions)
-    skip = mode.max_staleness + 2 if isinstance(mode, AsynchronousConfig) else 2
+    skip, reported = 2, _REPORTED_STEPS
+    if isinstance(mode, AsynchronousConfig):
+        skip += mode.max_staleness
+        reported = max(reported, _REPORTED_CYCLES * (mode.max_staleness + 1))
     report = simulate(
         mode,
         SimulatedEngines(
@@ -374,17 +385,23 @@ def simulate_step(job: Job, mode: ModeConfig, split: Split) -> tuple[SimulationR
             prefill_token_s=job.prefill_token_s * grain,
             context_token_s=job.engine.context_s.value * grain**2,
             prompt_tokens=work.prompt_tokens / grain,
+            prefill_s=job.engine.pass_s.value,
+            prefill_sequence_s=job.engine.read_s.value,
+            slice_s=job.slice_s,
+            reads_apart=job.reads_apart,
+            tokens_per_step=grain,
+            batch_s=job.hand_over.batch_s.value,
+            batch_completion_s=job.hand_over.completion_s.value * batches,
         ),
         SimulatedLearner(
             0.0,
             job.learner_s(split) / (prompts * work.samples * work.mean / grain),
             job.sync_s(split),
-            _step_end_s(job, mode, split),
         ),
         lengths,
         prompts_per_step=prompts,
         samples_per_prompt=work.samples,
-        steps=skip + _REPORTED_STEPS,
+        steps=skip + reported,
         skip=skip,
     )
     return replace(report, tokens=report.tokens * grain), batches
@@ -418,7 +435,7 @@ def _batch_s(job: Job, split: Split) -> float:
     """Seconds in which the engine with the most groups has drawn its share of a batch."""
     work = job.work
     n = math.ceil(work.prompts / split.engines) * work.samples
-    prefill_s = n * work.prompt_tokens * job.prefill_token_s
+    prefill_s = _reading_s(job, n / work.samples if job.reads_apart else n, work.prompt_tokens)
     if n > job.places:  # places fall free and are taken at once, until the last completions
         full = _step(job, job.places, work.prompt_tokens + work.mean_square / work.mean / 2)
         tail = (work.longest - work.mean) * _step(job, 1, work.prompt_tokens + work.longest)
@@ -429,7 +446,7 @@ def _batch_s(job: Job, split: Split) -> float:
     alive = np.maximum(1, n * np.arange(len(ends), 0, -1) / len(ends))
     steps = ends - starts
     contexts = alive * (work.prompt_tokens * steps + (ends**2 - starts**2) / 2)
-    sample = EngineSample(float(ends[-1]), float((alive * steps).sum()), float(contexts.sum()), 0, 0)
+    sample = EngineSample(float(ends[-1]), float((alive * steps).sum()), float(contexts.sum()), 0, 0, 0, 0)
     return prefill_s + job.engine.seconds(sample)
 
 
@@ -439,21 +456,29 @@ def _stream_s(job: Job, mode: AsynchronousConfig, split: Split) -> float:
     groups = work.prompts * (mode.max_staleness + 1)
     n = min(job.places, groups * work.samples / split.engines)
     context = work.prompt_tokens + work.mean_square / work.mean / 2
-    rate = n / (_step(job, n, context) + n * work.prompt_tokens * job.prefill_token_s / work.mean)
-    recomputed = n * context * job.prefill_token_s if mode.in_flight == "recompute" else 0.0
+    begun = n / work.mean  # in a step
+    reads = begun / work.samples if job.reads_apart else begun
+    rate = n / (_step(job, n, context) + _reading_s(job, reads, work.prompt_tokens))
+    recomputed = _reading_s(job, n, context) if mode.in_flight == "recompute" else 0.0
     return work.completions * work.mean / (rate * split.engines) + recomputed
 
 
 def _step_end_s(job: Job, mode: ModeConfig, split: Split) -> float:
-    """Seconds until steps under way have ended, of all engines, when new weights arrive in the middle."""
+    """Seconds until slices under way have ended, of all engines, when new weights arrive in the middle."""
     if not isinstance(mode, AsynchronousConfig):
         return 0.0
     work = job.work
     n = min(job.places, 2 * work.completions / split.engines)
-    step_s = _step(job, n, work.prompt_tokens + work.mean_square / work.mean / 2)
+    step_s = max(job.slice_s, _step(job, n, work.prompt_tokens + work.mean_square / work.mean / 2))
     return step_s * split.engines / (split.engines + 1)  # the latest of so many, each as likely here as there
 
 
 def _step(job: Job, n: float, context: float) -> float:
     """Seconds in which n sequences behind `context` tokens each draw a token."""
-    return job.engine.seconds(EngineSample(1, n, n * context, 0, 0))
+    return job.engine.seconds(EngineSample(1, n, n * context, 0, 0, 0, 0))
+
+
+def _reading_s(job: Job, sequences: float, tokens: float) -> float:
+    """Seconds to read so many sequences of `tokens` tokens each in one pass, or in a part of one."""
+    each = job.engine.read_s.value + tokens * job.prefill_token_s
+    return min(1.0, sequences) * job.engine.pass_s.value + sequences * each

@@ -5,14 +5,18 @@ takes
 
     step_s + n * sequence_s + c * context_s        (weights; KDA states; MLA latents, and what is computed)
 
-and reading prompts takes `prefill_flop_s` for each of their operations. A learner's step takes
-`step_s + flop_s * operations`. Coefficients are never negative.
+and what is read in it, prompts or completions after a weight update in flight, takes
+
+    pass_s + sequences * read_s + operations * prefill_flop_s
+
+more. A learner's step takes `step_s + sequences * sequence_s + operations * flop_s`, and between the end of a
+whole batch and it lie `batch_s + completions * completion_s`. Coefficients are never negative.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,21 +43,34 @@ class EngineSample:
         steps: how many.
         sequences: that drew a token, summed over the steps.
         contexts: tokens behind which they drew, summed over sequences and steps.
-        prefill_flops: operations to read prompts.
+        passes: steps in which something was read.
+        reads: sequences that were read.
+        prefill_flops: operations to read them.
     """
 
     steps: float
     sequences: float
     contexts: float
+    passes: float
+    reads: float
     prefill_flops: float
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerSample:
-    """Seconds that a step of one learner worker took, and its operations."""
+    """Seconds that a step of one learner worker took, its operations and its sequences."""
 
     flops: float
+    sequences: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverSample:
+    """Seconds from the end of a batch of so many completions until the learner had it."""
+
+    completions: float
     seconds: float
 
 
@@ -72,6 +89,8 @@ class EngineCosts:
     step_s: Coefficient
     sequence_s: Coefficient
     context_s: Coefficient
+    pass_s: Coefficient
+    read_s: Coefficient
     prefill_flop_s: Coefficient
 
     def seconds(self, sample: EngineSample) -> float:
@@ -80,6 +99,8 @@ class EngineCosts:
             sample.steps * self.step_s.value
             + sample.sequences * self.sequence_s.value
             + sample.contexts * self.context_s.value
+            + sample.passes * self.pass_s.value
+            + sample.reads * self.read_s.value
             + sample.prefill_flops * self.prefill_flop_s.value
         )
 
@@ -90,6 +111,15 @@ class LearnerCosts:
 
     flop_s: Coefficient
     step_s: Coefficient
+    sequence_s: Coefficient
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverCosts:
+    """Of completions on their way to the learner, in seconds; see the module."""
+
+    batch_s: Coefficient
+    completion_s: Coefficient
 
 
 def roofline_engine(
@@ -97,16 +127,20 @@ def roofline_engine(
 ) -> EngineCosts:
     """From bytes and operations: all weights are read once a step, states read and written, latents read.
 
-    Products and memory are taken to work one after the other, and all experts to be in use.
+    Products and memory are taken to work one after the other, and all experts to be in use. A step that reads
+    takes as long again as one that does not, and writes the states that it leaves.
     """
     bandwidth = device.bandwidth * efficiency.bandwidth
     flops = device.peak_flops * efficiency.compute
     size = cache_size(model, dtype, dtype)
     state_s = 2 * size.bytes_per_sequence / bandwidth
+    step_s = efficiency.decode_step_s + weight_bytes(model, dtype) / bandwidth
     return EngineCosts(
-        _assumed(efficiency.decode_step_s + weight_bytes(model, dtype) / bandwidth),
+        _assumed(step_s),
         _assumed(state_s + forward_flops(model, [1]).total / flops),
         _assumed(size.bytes_per_token / bandwidth),
+        _assumed(step_s),
+        _assumed(state_s / 2),
         _assumed(1 / flops),
     )
 
@@ -114,7 +148,9 @@ def roofline_engine(
 def roofline_learner(device: Device, efficiency: Efficiency) -> LearnerCosts:
     """From operations alone."""
     return LearnerCosts(
-        _assumed(1 / (device.peak_flops * efficiency.compute)), _assumed(efficiency.learner_step_s)
+        _assumed(1 / (device.peak_flops * efficiency.compute)),
+        _assumed(efficiency.learner_step_s),
+        _assumed(0.0),
     )
 
 
@@ -123,15 +159,30 @@ def fit_engine(samples: Sequence[EngineSample], roofline: EngineCosts) -> Engine
 
     What the samples do not tell apart keeps the roofline's value, and says so.
     """
-    columns = [[s.steps, s.sequences, s.contexts, s.prefill_flops] for s in samples]
-    assumed = [roofline.step_s, roofline.sequence_s, roofline.context_s, roofline.prefill_flop_s]
-    return EngineCosts(*_fit(columns, [s.seconds for s in samples], assumed))
+    columns = [[s.steps, s.sequences, s.contexts, s.prefill_flops, s.reads, s.passes] for s in samples]
+    assumed = [
+        roofline.step_s,
+        roofline.sequence_s,
+        roofline.context_s,
+        roofline.prefill_flop_s,
+        roofline.read_s,
+        roofline.pass_s,
+    ]
+    step, sequence, context, flop, read, reading = _fit(columns, [s.seconds for s in samples], assumed)
+    return EngineCosts(step, sequence, context, reading, read, flop)
 
 
 def fit_learner(samples: Sequence[LearnerSample], roofline: LearnerCosts) -> LearnerCosts:
     """As `fit_engine`, for a learner."""
-    columns = [[s.flops, 1.0] for s in samples]
-    return LearnerCosts(*_fit(columns, [s.seconds for s in samples], [roofline.flop_s, roofline.step_s]))
+    columns = [[s.flops, 1.0, s.sequences] for s in samples]
+    assumed = [roofline.flop_s, roofline.step_s, roofline.sequence_s]
+    return LearnerCosts(*_fit(columns, [s.seconds for s in samples], assumed))
+
+
+def fit_hand_over(samples: Sequence[HandOverSample]) -> HandOverCosts:
+    """As `fit_engine`, for what lies between engines and learner: without samples, nothing."""
+    columns = [[1.0, sample.completions] for sample in samples]
+    return HandOverCosts(*_fit(columns, [s.seconds for s in samples], [_assumed(0.0), _assumed(0.0)]))
 
 
 def _assumed(value: float) -> Coefficient:
@@ -144,24 +195,47 @@ def _fit(
     if not seconds:
         return list(assumed)
     matrix = np.array(columns, dtype=float) / np.array(seconds, dtype=float)[:, None]
-    free = _told_apart(matrix)
-    fixed = [i for i in range(matrix.shape[1]) if i not in free]
-    target = np.ones(len(seconds))
-    rest = matrix[:, fixed] @ np.array([assumed[i].value for i in fixed])
-    # Where the data sheet alone explains more than was measured, it is no guide: the measured costs take all.
-    if fixed and rest.max() < 0.5:
-        target -= rest
-    values = dict(zip(free, _least_absolute(matrix[:, free], target), strict=True))
+    roofline = np.array([each.value for each in assumed])
+    free = _explaining(matrix, roofline)
+    values = dict(
+        zip(free, _least_absolute(matrix[:, free], _unexplained(matrix, roofline, free)), strict=True)
+    )
     return [
         Coefficient(values[i], MEASURED) if i in values else coefficient
         for i, coefficient in enumerate(assumed)
     ]
 
 
-def _told_apart(matrix: np.ndarray) -> list[int]:
-    """Columns that are no combination of those before them, nearly."""
+def _explaining(matrix: np.ndarray, roofline: np.ndarray) -> list[int]:
+    """As many columns as the samples tell apart: those that, beside the roofline of the others, leave least
+    unexplained. Of equals the first."""
+    every = range(matrix.shape[1])
+    first = _told_apart(matrix, every)
+    best, least = first, np.inf
+    for free in itertools.combinations(every, len(first)):
+        if _told_apart(matrix, free) != list(free):
+            continue
+        target = _unexplained(matrix, roofline, free)
+        error = float(np.sum((matrix[:, free] @ _least_squares(matrix[:, free], target) - target) ** 2))
+        if error < least * (1 - 1e-6) - 1e-12:
+            best, least = list(free), error
+    return best
+
+
+def _unexplained(matrix: np.ndarray, roofline: np.ndarray, free: Sequence[int]) -> np.ndarray:
+    """What of each sample is left to `free` columns, where the others cost what the roofline says.
+
+    Where the data sheet alone explains more than was measured, it is no guide: the measured costs take all.
+    """
+    fixed = [i for i in range(matrix.shape[1]) if i not in free]
+    rest = matrix[:, fixed] @ roofline[fixed]
+    return 1 - rest if not fixed or rest.max() < 0.5 else np.ones(len(matrix))
+
+
+def _told_apart(matrix: np.ndarray, columns: Iterable[int]) -> list[int]:
+    """Those of the columns that are no combination of the ones before them, nearly."""
     free: list[int] = []
-    for i in range(matrix.shape[1]):
+    for i in columns:
         column = matrix[:, i]
         rest = column
         if free:

@@ -14,17 +14,21 @@ from transformers import KimiLinearConfig
 
 from kimi_linear.flops import forward_flops
 from rlscale.bench.cli import both_architectures
-from rlscale.config import Architecture, ModelConfig
+from rlscale.config import Architecture, ModelConfig, RunConfig
 from rlscale.errors import UserError
 from rlscale.models import model_config
-from rlscale.plan.costs import EngineSample, LearnerSample
+from rlscale.plan.costs import EngineSample, HandOverSample, LearnerSample
 from rlscale.plan.hardware import Device
 from rlscale.plan.lengths import EmpiricalLengths
 from rlscale.plan.memory import cache_layout, weight_bytes
 from rlscale.runs.reading import RunRecord, read_run
+from rlscale.weights.transport import choose_transport
 
 WARM_STEPS = 2
 """Steps at the start of a run that are no measurement: buffers are made and kernels compiled."""
+
+_MIN_HAND_OVER_S = 1e-4
+"""Less than this between engines and learner is no more than the clocks' disagreement."""
 
 _CONTEXT = (
     "model_max_length",
@@ -44,6 +48,7 @@ class Measurements:
 
     engine: list[EngineSample] = field(default_factory=list)
     learner: list[LearnerSample] = field(default_factory=list)
+    hand_over: list[HandOverSample] = field(default_factory=list)
     sync_s: list[float] = field(default_factory=list)
     shared_sync_s: list[float] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -126,17 +131,17 @@ def _read_results(
                     f"--costs {path}: without train_flops, of an earlier version: measure again with "
                     "`rlscale bench learner`"
                 )
-            found.learner.append(LearnerSample(case["train_flops"], case["step_s"]))
+            found.learner.append(LearnerSample(case["train_flops"], case["sequences"], case["step_s"]))
 
 
 def _engine_samples(case: Mapping[str, Any], shape: KimiLinearConfig) -> list[EngineSample]:
     if case["kind"] == "prefill":
         flops = forward_flops(shape, [case["context"]], predicted=1).total
-        return [EngineSample(1, 0, 0, flops, case["prefill_s"])]
+        return [EngineSample(0, 0, 0, 1, 1, flops, case["prefill_s"])]
     if case["step_ms"] is None:  # so many sequences did not fit
         return []
     n = case["sequences"]
-    return [EngineSample(1, n, n * case["context"], 0, case["step_ms"] / 1e3)]
+    return [EngineSample(1, n, n * case["context"], 0, 0, 0, case["step_ms"] / 1e3)]
 
 
 def _read_run(
@@ -157,13 +162,24 @@ def _read_run(
     if not steps:
         raise UserError(f"--costs {record.path}: needs a run of more than {WARM_STEPS} steps")
     shape = model_config(config.model, architecture)
-    is_synchronous = config.mode.kind == "synchronous"
+    workers = config.learner.workers
+    trained = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     for step in steps:
-        found.learner.append(LearnerSample(step["train_flops"] / config.learner.workers, step["learner_s"]))
-        if is_synchronous:
-            found.engine.append(_engine_sample(record, step, shape))
-    sync_s = median(step["sync_stall_s" if is_synchronous else "sync_s"] for step in steps)
-    (found.shared_sync_s if config.rollout.sleep_level else found.sync_s).append(sync_s)
+        found.learner.append(
+            LearnerSample(step["train_flops"] / workers, trained / workers, step["learner_s"])
+        )
+        if config.mode.kind == "synchronous":
+            sample = _engine_sample(record, step, shape)
+            found.engine.append(sample)
+            if config.rollout.workers == 1:  # else the others' waits for the slowest are among it
+                seconds = max(_MIN_HAND_OVER_S, step["batch_wait_s"] - sample.seconds)
+                found.hand_over.append(HandOverSample(trained, seconds))
+    if config.mode.kind == "asynchronous":
+        return  # whose syncs wait for engines that are in the middle of something
+    sync_s = median(step["sync_s"] for step in steps)
+    transport = choose_transport(config.weight_sync, config.rollout, config.learner)
+    shares = transport.name == "cuda_ipc" or config.rollout.sleep_level
+    (found.shared_sync_s if shares else found.sync_s).append(sync_s)
 
 
 def _engine_sample(record: RunRecord, step: Mapping[str, Any], shape: KimiLinearConfig) -> EngineSample:
@@ -175,14 +191,27 @@ def _engine_sample(record: RunRecord, step: Mapping[str, Any], shape: KimiLinear
     # More than `trained` where groups were left out.
     completions = step["rollout_tokens_per_s"] * step["rollout_s"] / mean / rollout.workers
     lengths = EmpiricalLengths.of_steps([_quantiles(record, step)])
-    sequences = completions * mean
+    apart = reads_apart(record.config)
+    reads = completions / rollout.samples_per_prompt if apart else completions
+    sequences = completions * (mean - apart)  # a pass apart draws the first token of each
+    steps = max(lengths.quantile(1) - apart, sequences / rollout.max_num_seqs)
+    # Those that find no place at first begin as places fall free.
+    late = max(0.0, 1 - rollout.max_num_seqs / completions)
     return EngineSample(
-        steps=max(lengths.quantile(1), sequences / rollout.max_num_seqs),
+        steps=steps,
         sequences=sequences,
         contexts=completions * (prompt * mean + lengths.mean_square() / 2),
-        prefill_flops=completions * forward_flops(shape, [round(prompt)], predicted=1).total,
-        seconds=step["batch_wait_s"],
+        passes=1 + late * min(steps, reads),
+        reads=reads,
+        prefill_flops=reads * forward_flops(shape, [round(prompt)], predicted=1).total,
+        seconds=(1 - step["rollout_idle_fraction"]) * step["step_s"],
     )
+
+
+def reads_apart(config: RunConfig) -> bool:
+    """Whether the engine reads a prompt once for all its samples, in a pass of its own beside the one that
+    decodes. vLLM, without prefix caching, reads it with each sample, in the pass that decodes the others."""
+    return config.rollout.engine == "reference"
 
 
 def _quantiles(record: RunRecord, step: Mapping[str, Any]) -> Sequence[float]:

@@ -29,14 +29,16 @@ from rlscale.plan.costs import (
     ROOFLINE,
     Coefficient,
     fit_engine,
+    fit_hand_over,
     fit_learner,
     roofline_engine,
     roofline_learner,
 )
 from rlscale.plan.hardware import Device, Efficiency
 from rlscale.plan.lengths import Lengths
-from rlscale.plan.measurements import Measurements, read_measurements
+from rlscale.plan.measurements import Measurements, read_measurements, reads_apart
 from rlscale.plan.memory import weight_bytes
+from rlscale.rollout.pool import SLICE_S
 from rlscale.tasks import make_task
 
 _PROMPTS_LOOKED_AT = 16
@@ -111,6 +113,7 @@ def make_job(
         work=Work(rollout.prompts_per_step, rollout.samples_per_prompt, prompt_tokens, lengths),
         engine=fit_engine(measured.engine, roofline_engine(model, dtype, device, efficiency)),
         learner=fit_learner(measured.learner, roofline_learner(device, efficiency)),
+        hand_over=fit_hand_over(measured.hand_over),
         sync=SyncCost(
             median(measured.sync_s) if measured.sync_s else link_s,
             median(measured.shared_sync_s) if measured.shared_sync_s else copied_s,
@@ -119,6 +122,8 @@ def make_job(
         cache_bytes=None if device.is_gpu else rollout.cache_gib * GIB,
         micro_batch_tokens=learner.tokens_per_micro_batch,
         checkpointing=learner.gradient_checkpointing,
+        slice_s=SLICE_S,
+        reads_apart=reads_apart(config),
     )
 
 
@@ -264,8 +269,13 @@ def named_costs(job: Job, measured: Measurements) -> dict[str, Coefficient]:
         "decode step": engine.step_s,
         "sequence in it": engine.sequence_s,
         "token of its context": engine.context_s,
+        "step that reads": engine.pass_s,
+        "sequence read": engine.read_s,
         "operation of prefill": engine.prefill_flop_s,
+        "batch handed over": job.hand_over.batch_s,
+        "completion handed over": job.hand_over.completion_s,
         "learner step": learner.step_s,
+        "sequence trained on": learner.sequence_s,
         "operation of training": learner.flop_s,
         "weight sync": Coefficient(job.sync.apart_s, MEASURED if measured.sync_s else ROOFLINE),
         "weight sync on one device": Coefficient(

@@ -1,10 +1,10 @@
 """A real run whose clock is processor time: what it measures does not depend on who else uses the machine.
 
-Loop, experience sources, engines, learner and run folder are a run's own; only the clock differs. An engine's
-step and a learner's step are taken one after the other in this process, and each moves the run's clock by the
-processor time that it took, on a time line of its own: what engines draw while the learner trains happens at
-the same time by this clock, as if each had a processor of its own. Scoring, transport and waits of processes
-for each other take no time here.
+Loop, experience sources, engines, learner and run folder are a run's own; only the clock differs. An
+engine's slice and a learner's step are taken one after the other in this process, and each moves the run's
+clock by the processor time that it took, on a time line of its own: what engines draw while the learner
+trains happens at the same time by this clock, as if each had a processor of its own. Scoring, transport and
+waits of processes for each other take no time here.
 
     python -m rlscale.plan.rehearsal CONFIG FOLDER [KEY=VALUE]...
 """
@@ -31,11 +31,19 @@ from rlscale.memory import peak_bytes
 from rlscale.models import interruption_of, model_config, tokenizer_for
 from rlscale.rollout.actor import EngineSpec
 from rlscale.rollout.engine import InFlight, RolloutEngine, group_requests
-from rlscale.rollout.pool import Usage, even_slices
+from rlscale.rollout.pool import SLICE_S, Usage, even_slices
 from rlscale.runs import RunFolder
 from rlscale.simulation import SimulatedClock
 from rlscale.tasks import make_task
-from rlscale.types import Completion, Example, GenerationReport, GroupRequest, Rollout, Sampling
+from rlscale.types import (
+    Completion,
+    Example,
+    FinishedGroup,
+    GenerationReport,
+    GroupRequest,
+    Rollout,
+    Sampling,
+)
 from rlscale.weights.base import SyncReport
 
 Deliver = Callable[[list[Completion]], None]
@@ -81,7 +89,7 @@ def rehearse(config: RunConfig, folder: Path) -> Iterator[StepReport]:
 
 @dataclass(slots=True, eq=False)
 class _Seat:
-    """An engine with what it is given. `steps` tells whether a step is under way by the clock."""
+    """An engine with what it is given. `steps` tells whether a slice is under way by the clock."""
 
     engine: RolloutEngine
     inbox: list[GroupRequest] = field(default_factory=list)
@@ -143,7 +151,7 @@ class RehearsalPool:
         return _Stream(self, on_group)
 
     def load_weights(self, weights: Callable[[], Any]) -> None:
-        """Loads the next version into each engine once its step under way has ended."""
+        """Loads the next version into each engine once its slice under way has ended."""
         self._still = True
         self._clock.run_while(lambda: any(seat.steps for seat in self._seats))
         self.version += 1
@@ -170,13 +178,14 @@ class RehearsalPool:
         self._step_all()
         return keys
 
-    def enqueue(self, request: GroupRequest, deliver: Deliver) -> int:
-        """Puts a group in line for the least loaded engine; returns the key it has here."""
-        key = next(self._keys)
-        self._queue.append((replace(request, key=key), deliver))
+    def enqueue(self, requests: Sequence[GroupRequest], delivers: Sequence[Deliver]) -> list[int]:
+        """Puts groups in line for the least loaded engine each; returns the keys they have here."""
+        keys = [next(self._keys) for _ in requests]
+        named = [replace(request, key=key) for request, key in zip(requests, keys, strict=True)]
+        self._queue.extend(zip(named, delivers, strict=True))
         self._assign()
         self._step_all()
-        return key
+        return keys
 
     def forget(self, keys: Sequence[int]) -> None:
         gone = set(keys)
@@ -200,17 +209,21 @@ class RehearsalPool:
             self._step(seat)
 
     def _step(self, seat: _Seat) -> None:
-        """Begins an engine's step, unless one is under way, or weights are being loaded."""
+        """Begins an engine's slice, unless one is under way, or weights are being loaded."""
         if seat.steps or self._still:
             return
         started = time.process_time()
         if seat.inbox:
             seat.engine.submit(seat.inbox)
             seat.inbox = []
-        if not (unfinished := seat.engine.unfinished):
+        finished: list[FinishedGroup] = []
+        seconds = completion_s = 0.0
+        while seconds < SLICE_S and (unfinished := seat.engine.unfinished):
+            finished += seat.engine.step()
+            before, seconds = seconds, time.process_time() - started
+            completion_s += (seconds - before) * min(unfinished, self._max_num_seqs)
+        if not seconds:
             return
-        finished = seat.engine.step()
-        seconds = time.process_time() - started
         seat.steps = True
 
         def end() -> None:
@@ -218,7 +231,7 @@ class RehearsalPool:
             self._usage = replace(
                 self._usage,
                 busy_s=self._usage.busy_s + seconds,
-                completion_s=self._usage.completion_s + seconds * min(unfinished, self._max_num_seqs),
+                completion_s=self._usage.completion_s + completion_s,
             )
             for group in finished:
                 # None if it was forgotten in the meantime.
@@ -264,8 +277,11 @@ class _Stream:
         self._running: dict[int, tuple[int, int]] = {}  # by the caller's key: the pool's, and the version
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
-        for request in requests:
-            key = self._pool.enqueue(request, lambda group, place=request.key: self._deliver(place, group))  # type: ignore[misc]
+        keys = self._pool.enqueue(
+            requests,
+            [lambda group, place=request.key: self._deliver(place, group) for request in requests],  # type: ignore[misc]
+        )
+        for request, key in zip(requests, keys, strict=True):
             self._running[request.key] = key, self._pool.version
 
     def wait_until(self, ready: Callable[[], bool]) -> None:

@@ -12,18 +12,18 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from rlscale.config import AsynchronousConfig, ModeConfig
+from rlscale.errors import UserError
 from rlscale.plan.cluster import Split, forecast
 from rlscale.plan.hardware import Efficiency, find_device
 from rlscale.plan.lengths import FixedLengths, Lengths
 from rlscale.plan.measurements import WARM_STEPS, read_measurements, run_lengths
 from rlscale.plan.plan import make_job, named_costs
-from rlscale.runs import read_run
+from rlscale.runs.reading import RunRecord, read_run
 
 
 def compare(measured: Sequence[Path], predicted: Path, lengths_of: Path | None = None) -> dict[str, Any]:
     """A run on CPUs as predicted from others, and as it was, with relative errors.
-
-    Seconds of a step are medians, because a machine's hiccups belong to nobody's costs.
 
     Args:
         measured: runs that costs are fitted to; `predicted` must not be among them.
@@ -44,18 +44,12 @@ def compare(measured: Sequence[Path], predicted: Path, lengths_of: Path | None =
     measurements = read_measurements(measured, config.model, config.architecture, cpu)
     job = make_job(config, lengths, cpu, Efficiency(), measurements)
     found = forecast(job, config.mode, Split(config.rollout.workers, config.learner.workers))
-    steps = record.metrics[WARM_STEPS:]
-    tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    was = {
-        "step_s": median(step["step_s"] for step in steps),
-        "tokens_per_s": median(tokens * step["response_tokens_mean"] / step["step_s"] for step in steps),
-        "learner_idle": median(step["learner_idle_fraction"] for step in steps),
-        "staleness_mean": mean(step["staleness_mean"] for step in steps),
-    }
+    was = outcome(record)
     said = {
         "step_s": found.step_s,
         "tokens_per_s": found.tokens_per_s,
         "learner_idle": found.learner_idle,
+        "rollout_idle": found.rollout_idle,
         "staleness_mean": found.staleness_mean,
     }
     return {
@@ -65,11 +59,49 @@ def compare(measured: Sequence[Path], predicted: Path, lengths_of: Path | None =
         "prompts_per_step": config.rollout.prompts_per_step,
         "samples_per_prompt": config.rollout.samples_per_prompt,
         "budget": config.budget,
-        "steps": len(steps),
+        "steps": was.pop("steps"),
         "predicted": said,
         "outcome": was,
         "errors": {name: said[name] / was[name] - 1 for name in ("step_s", "tokens_per_s")},
         "costs": {name: [cost.value, cost.origin] for name, cost in named_costs(job, measurements).items()},
+    }
+
+
+def warm_steps(mode: ModeConfig) -> int:
+    """Steps at the start of a run that are no measurement: buffers are made, kernels compiled, and engines
+    are not yet as far ahead of the learner as they will be."""
+    return WARM_STEPS + (mode.max_staleness if isinstance(mode, AsynchronousConfig) else 0)
+
+
+def outcome(record: RunRecord) -> dict[str, Any]:
+    """How a run's steps came out, for comparison with a `Forecast`.
+
+    Seconds and tokens/s are medians, because a machine's hiccups belong to nobody's costs. Not so in the
+    asynchronous mode, whose steps are unlike each other by nature (in most the learner waits for nothing, in
+    some for long): there they are means.
+
+    Raises:
+        UserError: the run has no steps beyond those.
+    """
+    config = record.config
+    steps = record.metrics[warm_steps(config.mode) :]
+    if not steps:
+        raise UserError(f"{record.path}: needs a run of more than {warm_steps(config.mode)} steps")
+    trained = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    tokens = [trained * step["response_tokens_mean"] for step in steps]
+    seconds = [step["step_s"] for step in steps]
+    if isinstance(config.mode, AsynchronousConfig):
+        step_s, tokens_per_s = mean(seconds), sum(tokens) / sum(seconds)
+    else:
+        step_s = median(seconds)
+        tokens_per_s = median(count / taken for count, taken in zip(tokens, seconds, strict=True))
+    return {
+        "steps": len(steps),
+        "step_s": step_s,
+        "tokens_per_s": tokens_per_s,
+        "learner_idle": mean(step["learner_idle_fraction"] for step in steps),
+        "rollout_idle": mean(step["rollout_idle_fraction"] for step in steps),
+        "staleness_mean": mean(step["staleness_mean"] for step in steps),
     }
 
 

@@ -26,6 +26,7 @@ from rlscale.plan.costs import (
     EngineSample,
     LearnerSample,
     fit_engine,
+    fit_hand_over,
     fit_learner,
     roofline_engine,
     roofline_learner,
@@ -35,7 +36,8 @@ from rlscale.plan.lengths import EmpiricalLengths, Lengths, LogNormalLengths, Pa
 from rlscale.plan.measurements import read_measurements
 from rlscale.plan.memory import cache_layout, learner_memory
 from rlscale.plan.plan import crossing_length
-from rlscale.simulation import SimulatedEngines, SimulatedLearner, simulate
+from rlscale.simulated_engine import SimulatedEngines
+from rlscale.simulation import SimulatedLearner, simulate
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # What rollout_h100.json was measured with: benchmarks/ROLLOUTS.md.
@@ -67,11 +69,14 @@ def job(prompts: int = 16, lengths: Lengths = LogNormalLengths(300, 0.7, 4096), 
         "work": Work(prompts, 8, 64, lengths),
         "engine": roofline_engine(model, torch.bfloat16, H100, efficiency),
         "learner": roofline_learner(H100, efficiency),
+        "hand_over": fit_hand_over([]),
         "sync": SyncCost(0.2, 0.05),
         "max_num_seqs": 64,
         "cache_bytes": None,
         "micro_batch_tokens": 16384,
         "checkpointing": True,
+        "slice_s": 0.1,
+        "reads_apart": False,
     }
     return Job(**(values | changes))  # type: ignore[arg-type]
 
@@ -105,17 +110,18 @@ def test_part_of_a_batch_holds_the_longest_of_the_whole_batch():
 
 def test_a_fit_recovers_costs_from_noisy_steps_of_which_some_were_disturbed():
     generator = random.Random(1)
-    true = (2e-3, 5e-5, 3e-9, 2e-14)
+    true = (2e-3, 5e-5, 3e-9, 2e-2, 1e-3, 2e-14)
     samples = []
     for _ in range(200):
         n, context = generator.randint(1, 200), generator.randint(100, 100_000)
-        columns = (1, n, n * context, generator.choice((0.0, 1e11)))
+        reads = generator.choice((0, generator.randint(1, 20)))
+        columns = (1, n, n * context, min(reads, 1), reads, reads * generator.choice((1e9, 1e11)))
         seconds = sum(a * b for a, b in zip(true, columns, strict=True))
         disturbance = 5 if generator.random() < 0.1 else 1
         samples.append(EngineSample(*columns, seconds * disturbance * generator.gauss(1, 0.02)))
     model = model_config(MEASURED_MODEL, "hybrid")
     fit = fit_engine(samples, roofline_engine(model, torch.bfloat16, H100, Efficiency()))
-    found = (fit.step_s, fit.sequence_s, fit.context_s, fit.prefill_flop_s)
+    found = (fit.step_s, fit.sequence_s, fit.context_s, fit.pass_s, fit.read_s, fit.prefill_flop_s)
     assert [c.value for c in found] == pytest.approx(true, rel=0.05)
     assert {c.origin for c in found} == {MEASURED}
 
@@ -123,15 +129,15 @@ def test_a_fit_recovers_costs_from_noisy_steps_of_which_some_were_disturbed():
 def test_what_samples_do_not_tell_apart_is_not_called_measured():
     model = model_config(MEASURED_MODEL, "hybrid")
     roofline = roofline_engine(model, torch.bfloat16, H100, Efficiency())
-    alike = [EngineSample(10, 640, 640 * 500, 0, 0.1 + noise) for noise in (0.0, 0.001, -0.001)]
+    alike = [EngineSample(10, 640, 640 * 500, 0, 0, 0, 0.1 + noise) for noise in (0.0, 0.001, -0.001)]
     fit = fit_engine(alike, roofline)
     assert fit.step_s.origin == MEASURED
     assert fit.seconds(alike[0]) == pytest.approx(0.1, rel=0.01)
-    assert [fit.sequence_s, fit.context_s, fit.prefill_flop_s] == [
-        roofline.sequence_s, roofline.context_s, roofline.prefill_flop_s
+    assert [fit.sequence_s, fit.context_s, fit.pass_s, fit.read_s, fit.prefill_flop_s] == [
+        roofline.sequence_s, roofline.context_s, roofline.pass_s, roofline.read_s, roofline.prefill_flop_s
     ]  # fmt: skip
     assert fit_engine([], roofline) == roofline
-    one = fit_learner([LearnerSample(1e15, 8.0)], roofline_learner(H100, Efficiency()))
+    one = fit_learner([LearnerSample(1e15, 64, 8.0)], roofline_learner(H100, Efficiency()))
     assert (one.flop_s.origin, one.step_s.origin) == (MEASURED, ROOFLINE)
 
 
@@ -181,7 +187,7 @@ def test_a_simulated_engine_reads_the_context_of_every_token():
     expected = 2 * prompt * prefill_s
     for drawn in range(40):
         n = sum(length > drawn for length in lengths)
-        expected += step_s + n * completion_s + n * (prompt + drawn + 0.5) * context_s
+        expected += step_s + n * completion_s + n * (prompt + drawn) * context_s
     for step in report.steps:
         assert step["batch_wait_s"] == pytest.approx(expected)
 

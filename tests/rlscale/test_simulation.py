@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from rlscale.config import AsynchronousConfig, OneStepOffConfig, SynchronousConfig
 from rlscale.plan.lengths import LogNormalLengths
-from rlscale.simulation import SimulatedEngines, SimulatedLearner, SimulationReport, simulate
+from rlscale.simulated_engine import Draft, Engine, Group, SimulatedEngines
+from rlscale.simulation import SimulatedClock, SimulatedLearner, SimulationReport, simulate
+from rlscale.types import GroupRequest, Sampling
 
 PROMPTS, SAMPLES = 16, 8
 ENGINES = SimulatedEngines(workers=2, max_num_seqs=64, step_s=0.01, completion_s=2e-4, prefill_token_s=1e-5)
@@ -90,6 +92,124 @@ def test_drawing_a_batch_alone_takes_as_long_as_its_longest_completion():
             (4 * 1.5 + 2 * 2 * 1.0 + 7 * 0.75) / (4 * step["step_s"])
         )
     assert report.tokens == 2 * 15
+
+
+def test_a_pass_apart_reads_each_prompt_once_and_draws_the_first_tokens():
+    apart, together = (
+        simulate(
+            SynchronousConfig(),
+            SimulatedEngines(
+                1,
+                8,
+                step_s=0.5,
+                completion_s=0.25,
+                prefill_token_s=0.01,
+                prompt_tokens=3,
+                prefill_s=2.0,
+                prefill_sequence_s=0.1,
+                reads_apart=reads_apart,
+            ),
+            SimulatedLearner(1.0, 0.0, 0.0),
+            lambda *_: 5,
+            prompts_per_step=2,
+            samples_per_prompt=2,
+            steps=2,
+            skip=1,
+        ).steps[0]["batch_wait_s"]
+        for reads_apart in (True, False)
+    )
+    assert apart == pytest.approx(2 + 2 * (0.1 + 0.03) + 4 * (0.5 + 4 * 0.25))
+    assert together == pytest.approx(2 + 4 * (0.1 + 0.03) + 5 * (0.5 + 4 * 0.25))
+
+
+def test_a_batch_is_handed_over_before_it_is_trained_on_unless_groups_come_back_singly():
+    waits = {}
+    for mode in (SynchronousConfig(), OneStepOffConfig(), AsynchronousConfig()):
+        engines = SimulatedEngines(1, 64, 0.01, 0.0, 0.0, batch_s=3.0, batch_completion_s=0.5)
+        report = simulate(
+            mode,
+            engines,
+            SimulatedLearner(20.0, 0.0, 0.0),
+            lambda *_: 10,
+            prompts_per_step=2,
+            samples_per_prompt=2,
+            steps=8,
+        )
+        waits[mode.kind] = fmean(step["step_s"] for step in report.steps) - 20
+    assert waits["synchronous"] == pytest.approx(0.1 + 3 + 4 * 0.5)
+    assert waits["one_step_off"] == pytest.approx(3 + 4 * 0.5)
+    assert waits["asynchronous"] == pytest.approx(0, abs=0.02)
+
+
+class OneEngine:
+    """A pool of one, with groups of one completion each; `handed_on` has their keys and when."""
+
+    def __init__(self, engines: SimulatedEngines) -> None:
+        self.engines, self.version = engines, 0
+        self.time = SimulatedClock()
+        self.handed_on: list[tuple[int, float]] = []
+
+    def at(self, time, event):
+        self.time.at(time, event)
+
+    def clock(self):
+        return self.time.now
+
+    def worked(self, seconds, completions): ...
+
+    def ended(self, drafts):
+        self.handed_on += [(draft.group.request.key, self.time.now) for draft in drafts]
+
+    def group(self, key: int, length: int) -> Group:
+        group = Group(GroupRequest(key, [], Sampling(max_tokens=length)), lambda _: None)
+        group.drafts.append(Draft(group, length))
+        return group
+
+
+def test_an_engine_looks_up_at_the_first_step_that_ends_after_its_slice():
+    pool = OneEngine(SimulatedEngines(1, 8, step_s=1.0, completion_s=0.0, prefill_token_s=0.0, slice_s=2.5))
+    engine = Engine(pool)
+    short, long, late = pool.group(0, 2), pool.group(1, 10), pool.group(2, 1)
+    engine.take(short)
+    engine.take(long)
+    engine.look_up()
+    pool.time.run_until(3.2)
+    assert pool.handed_on == [(0, 3.0)]  # drawn at 2, in a slice that ends with the step that passes 2.5
+    engine.take(late)
+    engine.look_up()
+    pool.time.run_until(6.5)
+    assert pool.handed_on == [(0, 3.0)]  # began at 6, drawn at 7, handed on at 9
+    pool.time.run_until(9.5)
+    assert pool.handed_on[1:] == [(2, 9.0)]
+    engine.pause()
+    pool.time.run_until(11.0)
+    assert pool.handed_on[2:] == [(1, 10.0)]  # an empty engine waits for no slice to end
+    assert not engine.steps
+
+
+def test_weights_arrive_between_slices_and_are_read_into_what_is_in_the_making():
+    pool = OneEngine(
+        SimulatedEngines(1, 8, 1.0, 0.0, 0.5, prompt_tokens=4, prefill_s=0.25, slice_s=2.5, reads_apart=False)
+    )
+    engine = Engine(pool)
+    group = pool.group(0, 10)
+    engine.take(group)
+    engine.look_up()
+    first_s = 1.0 + 0.25 + 4 * 0.5
+    pool.time.run_until(first_s + 0.5)
+    engine.pause()
+    pool.time.run_until(100.0)
+    assert not engine.steps
+    pool.version = 1
+    engine.update(1, recompute=True)
+    engine.resume()
+    pool.time.run_until(200.0)
+    assert group.drafts[0].spans == [
+        (0, 0),
+        (1, 4),
+    ]  # the next slice began at 3.25 and ended with three steps
+    again_s = 1.0 + 0.25 + (4 + 4) * 0.5
+    assert pool.handed_on == [(0, pytest.approx(100 + again_s + 5 * 1.0))]
 
 
 @settings(max_examples=40)
