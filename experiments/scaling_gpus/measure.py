@@ -1,0 +1,491 @@
+"""One RL step on a host's GPUs: predicted by `rlscale plan`'s model, then measured, for both architectures.
+
+    python experiments/scaling_gpus/measure.py experiments/scaling_gpus/small.yaml --output FOLDER \
+        --layout 1 --layout 1+1
+
+A layout is a number of engines + a number of learner workers, a GPU each; `1` is one GPU that both share.
+For every layout and architecture:
+
+1. workers start, those of all layouts at the same time, and take a step that warms them up;
+2. short synchronous runs of other batches and budgets give costs (layout by layout, nothing else at work on
+   those GPUs);
+3. FOLDER/predictions.json is written: from these costs alone, for every run to come;
+4. those runs are made: with the config's prompts (fixed work) and with as many for each GPU, in every mode.
+
+FOLDER/results.json has both, written again after every run; FOLDER/runs the runs' folders. All layouts'
+engines and learners stay in memory until the end: `rollout.cache_gib` must leave room for those that share a
+GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rlscale import cluster
+from rlscale.bench.results import device_name
+from rlscale.config import Architecture, AsynchronousConfig, RunConfig, load_config
+from rlscale.errors import UserError
+from rlscale.plan.cluster import Forecast, Split, forecast
+from rlscale.plan.hardware import DEVICES, Device, Efficiency, find_device
+from rlscale.plan.measurements import read_measurements, run_lengths
+from rlscale.plan.plan import make_job, modes_of, named_costs
+from rlscale.plan.validation import outcome, warm_steps
+from rlscale.runs.environment import environment
+from rlscale.runs.folder import RunFolder
+from rlscale.runs.reading import read_run
+from rlscale.sweep import check
+from rlscale.workers import Workers
+
+ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
+CALIBRATION_STEPS = 4
+ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where engines and learner workers compute: a GPU each, or one that both share."""
+
+    engines: int
+    learners: int
+    shared: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """`1`, or ENGINES+LEARNERS.
+
+        Raises:
+            UserError: it is neither.
+        """
+        if text == "1":
+            return cls(1, 1, shared=True)
+        engines, _, learners = text.partition("+")
+        if not (engines.isdecimal() and learners.isdecimal() and int(engines) and int(learners)):
+            raise UserError(f"--layout {text}: say 1, or ENGINES+LEARNERS such as 3+1")
+        return cls(int(engines), int(learners), shared=False)
+
+    @property
+    def split(self) -> Split:
+        return Split(self.engines, self.learners, self.shared)
+
+    @property
+    def gpus(self) -> int:
+        return self.split.devices
+
+    def __str__(self) -> str:
+        return "1" if self.shared else f"{self.engines}+{self.learners}"
+
+    def place(self, config: RunConfig, on_gpus: bool) -> RunConfig:
+        """`config` with these workers."""
+        share = (0.5 if self.shared else 1.0) if on_gpus else 0.0
+        rollout = config.rollout.model_copy(update={"workers": self.engines, "num_gpus": share})
+        learner = config.learner.model_copy(update={"workers": self.learners, "num_gpus": share})
+        return config.model_copy(update={"rollout": rollout, "learner": learner, "steps": ENDLESS})
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A run to make: until `steps` are taken, at most for so many `seconds` once half of them are."""
+
+    config: RunConfig
+    folder: Path
+    steps: int
+    seconds: float = float("inf")
+
+
+@dataclass(slots=True)
+class Workplace:
+    """A layout's workers of one architecture, in a process of their own."""
+
+    layout: Layout
+    config: RunConfig
+    gpus: frozenset[int]
+    folder: Path
+    process: Any
+    pipe: Connection
+    calibrations: list[Path] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.config.architecture
+
+    def ask(self, order: Order | None) -> Any:
+        """Sends an order and waits for the answer; what went wrong is kept and makes an end of this place."""
+        if self.error:
+            return None
+        try:
+            self.pipe.send(order)
+            return self.answer()
+        except (EOFError, OSError):
+            self.error = self.error or "the process is gone"
+            return None
+
+    def answer(self) -> Any:
+        try:
+            ok, value = self.pipe.recv()
+        except EOFError:
+            ok, value = False, "the process is gone"
+        if not ok:
+            self.error = value
+            print(f"{self.folder.name}: {value}", flush=True)
+            return None
+        return value
+
+    def close(self) -> None:
+        if not self.error:
+            self.pipe.send(None)
+        self.process.join(30)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+def serve(config: RunConfig, pipe: Connection) -> None:
+    """A workplace's process: workers, and one run after the other on them."""
+    try:
+        cluster.connect()
+        with (
+            cluster.reserve(Workers.bundles(config), timeout=120) as placement,
+            Workers(config, placement, check(config)) as workers,
+        ):
+            pipe.send((True, device_name()))
+            while (order := pipe.recv()) is not None:
+                pipe.send((True, run(workers, order)))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+def run(workers: Workers, order: Order) -> int:
+    """Makes a run; returns the steps that it took."""
+    started, steps = time.monotonic(), 0
+    with RunFolder.create(order.folder, order.config, overwrite=True) as folder:
+        events = workers.train(order.config, folder)
+        for event in events:
+            steps = event.step if event.state == "training" else steps
+            in_time = time.monotonic() - started < order.seconds
+            if steps >= order.steps or (not in_time and steps >= order.steps / 2):
+                break
+        events.close()
+    return steps
+
+
+def start(layout: Layout, base: RunConfig, index: int, folder: Path, visible: int) -> Workplace:
+    """The process of an architecture's workers, on GPUs that differ between architectures where they can."""
+    config = layout.place(base.model_copy(update={"architecture": ARCHITECTURES[index]}), visible > 0)
+    gpus = [(index + i) % visible for i in range(layout.gpus)] if visible else []
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    before = dict(os.environ)
+    if gpus:  # read by the process that starts now
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(visible)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(config, theirs))
+    process.start()
+    os.environ.clear()
+    os.environ.update(before)
+    theirs.close()
+    place = folder / f"{ARCHITECTURES[index]}_{layout}"
+    return Workplace(layout, config, frozenset(gpus or [0]), place, process, ours)
+
+
+def side_by_side(workplaces: Sequence[Workplace]) -> Iterator[list[Workplace]]:
+    """Groups of workplaces that have no GPU in common, layout by layout."""
+    for layout in dict.fromkeys(each.layout for each in workplaces):
+        left = [each for each in workplaces if each.layout == layout and not each.error]
+        while left:
+            group: list[Workplace] = []
+            for each in left:
+                if all(each.gpus.isdisjoint(other.gpus) for other in group):
+                    group.append(each)
+            left = [each for each in left if each not in group]
+            yield group
+
+
+def ask_all(group: Iterable[Workplace], order: Any) -> None:
+    """Asks several workplaces at the same time: `order(workplace)` each."""
+    workplaces = list(group)
+    with ThreadPoolExecutor(len(workplaces)) as threads:
+        list(threads.map(lambda each: each.ask(order(each)), workplaces))
+
+
+def variant(config: RunConfig, **rollout: int) -> RunConfig:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
+
+
+def calibrations(config: RunConfig, layout: Layout) -> dict[str, RunConfig]:
+    """Synchronous runs that costs are fitted to, none of them one that is predicted: few short completions,
+    most of the largest batch, and many and few completions of a token, whose prompts take the time."""
+    synchronous = config.model_copy(update={"mode": modes_of(config)[0]})
+    prompts, budget = config.rollout.prompts_per_step, config.budget
+    return {
+        "few": variant(synchronous, prompts_per_step=max(1, prompts // 4), max_tokens=max(2, budget // 4)),
+        "many": variant(synchronous, prompts_per_step=max(1, 3 * prompts * layout.gpus // 4)),
+        "prompts": variant(synchronous, prompts_per_step=prompts, max_tokens=1),
+        "prompt": variant(synchronous, prompts_per_step=1, max_tokens=1),
+    }
+
+
+@dataclass(slots=True)
+class Case:
+    """A run that is predicted, and how it came out."""
+
+    workplace: Workplace
+    mode: Any
+    work: str
+    prompts: int
+    config: RunConfig
+    predicted: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode.kind}_{self.prompts}"
+
+    def to_json(self) -> dict[str, Any]:
+        layout = self.workplace.layout
+        record = {
+            "architecture": self.workplace.architecture,
+            "gpus": layout.gpus,
+            "layout": str(layout),
+            "mode": self.mode.kind,
+            "work": self.work,
+            "prompts_per_step": self.prompts,
+            "predicted": self.predicted,
+            "measured": self.measured,
+        }
+        if self.predicted and self.measured:
+            record["errors"] = {
+                name: self.predicted[name] / self.measured[name] - 1 for name in ("step_s", "tokens_per_s")
+            }
+        return record
+
+
+def cases(workplaces: Sequence[Workplace]) -> list[Case]:
+    """What is predicted and then run. One GPU has one mode and one batch."""
+    found = []
+    for each in workplaces:
+        prompts = each.config.rollout.prompts_per_step
+        modes = modes_of(each.config)[:1] if each.layout.shared else modes_of(each.config)
+        works = {"per_gpu": prompts * each.layout.gpus} | ({} if each.layout.shared else {"fixed": prompts})
+        for work, count in works.items():
+            for mode in modes:
+                config = variant(each.config, prompts_per_step=count).model_copy(update={"mode": mode})
+                found.append(Case(each, mode, work, count, config))
+    return found
+
+
+def predict(workplace: Workplace, device: Device, wanted: Sequence[Case]) -> dict[str, Any]:
+    """Fills in what is predicted of a workplace's runs; returns the costs that it rests on."""
+    config = workplace.config
+    measured = read_measurements(workplace.calibrations, config.model, config.architecture, device)
+    lengths = run_lengths(workplace.folder / "many", config.budget)
+    costs: dict[str, Any] = {}
+    for case in wanted:
+        job = make_job(case.config, lengths, device, Efficiency(), measured)
+        costs = {name: asdict(cost) for name, cost in named_costs(job, measured).items()}
+        case.predicted = said(forecast(job, case.mode, workplace.layout.split), workplace.layout.gpus)
+    return {"architecture": workplace.architecture, "layout": str(workplace.layout), "costs": costs}
+
+
+def said(found: Forecast, gpus: int) -> dict[str, Any]:
+    return {
+        "step_s": found.step_s,
+        "tokens_per_s": found.tokens_per_s,
+        "tokens_per_s_per_gpu": found.tokens_per_s / gpus,
+        "learner_idle": found.learner_idle,
+        "rollout_idle": found.rollout_idle,
+        "staleness_mean": found.staleness_mean,
+    }
+
+
+def weak_scaling(records: Sequence[dict[str, Any]], which: str) -> list[dict[str, Any]]:
+    """Tokens/s of each GPU over that of one alone, at the same work for each."""
+    found = []
+    for architecture in ARCHITECTURES:
+        ours = [
+            r for r in records if r["architecture"] == architecture and r["work"] == "per_gpu" and r[which]
+        ]
+        alone = [r[which]["tokens_per_s"] for r in ours if r["gpus"] == 1]
+        found += [
+            {
+                "architecture": architecture,
+                "layout": r["layout"],
+                "mode": r["mode"],
+                "efficiency": r[which]["tokens_per_s_per_gpu"] / alone[0],
+            }
+            for r in ours
+            if alone and r["gpus"] > 1
+        ]
+    return found
+
+
+def write(path: Path, about: dict[str, Any], found: Sequence[Case], costs: Sequence[dict[str, Any]]) -> None:
+    records = [case.to_json() for case in found]
+    document = {
+        **about,
+        "costs": list(costs),
+        "cases": records,
+        "weak_scaling": {which: weak_scaling(records, which) for which in ("predicted", "measured")},
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def table(found: Sequence[Case]) -> Table:
+    shown = Table(title="predicted / measured", title_justify="left", box=None, header_style="bold")
+    for name in (
+        "",
+        "GPUs",
+        "work",
+        "mode",
+        "a step (s)",
+        "error",
+        "tokens/s per GPU",
+        "idle: learner",
+        "rollout",
+    ):
+        shown.add_column(name)
+    for case in found:
+        record = case.to_json()
+        before, after = record["predicted"] or {}, record["measured"] or {}
+
+        def both(name: str, form: str, before: dict[str, Any] = before, after: dict[str, Any] = after) -> str:
+            return " / ".join(format(each[name], form) if each else "-" for each in (before, after))
+
+        shown.add_row(
+            record["architecture"],
+            record["layout"],
+            record["work"],
+            record["mode"],
+            both("step_s", ".3f"),
+            f"{record['errors']['step_s']:+.0%}" if "errors" in record else "",
+            both("tokens_per_s_per_gpu", ",.0f"),
+            both("learner_idle", ".0%"),
+            both("rollout_idle", ".0%"),
+        )
+    return shown
+
+
+def device_of(name: str) -> Device:
+    """The device of `rlscale.plan.hardware` that this one is.
+
+    Raises:
+        UserError: it has none of that name.
+    """
+    known = [device for device in DEVICES if device in name.lower()]
+    if not known:
+        raise UserError(f"{name} is none of {', '.join(DEVICES)}: add it to rlscale/plan/hardware.py")
+    return find_device(known[0])
+
+
+def main(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results and runs.")] = Path(
+        "runs/scaling"
+    ),
+    layout: Annotated[
+        list[str] | None, typer.Option(help="1, or ENGINES+LEARNERS; repeat. Default: 1 and 1+1.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of each run, those apart that fill the engines.")] = 10,
+    seconds: Annotated[float, typer.Option(help="After which a run ends once half its steps are done.")] = 10,
+    limit: Annotated[float, typer.Option(help="Seconds after which no run begins.")] = 3600,
+) -> None:
+    """Predict one RL step on these layouts, then measure it."""
+    began = time.monotonic()
+
+    def log(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    try:
+        base = load_config(RunConfig, config_file, overrides or [])
+        layouts = [Layout.parse(each) for each in layout or ["1", "1+1"]]
+        if not isinstance(base.mode, AsynchronousConfig):
+            raise UserError("mode.kind: engines of every mode are those of asynchronous, set it")
+        visible = torch.cuda.device_count()
+        if visible and (most := max(each.gpus for each in layouts)) > visible:
+            raise UserError(f"a layout needs {most} GPUs and there are {visible}")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    runs = output / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    every = [(each, i) for each in layouts for i in range(len(ARCHITECTURES))]
+    workplaces = [start(each, base, i, runs, visible) for each, i in every]
+    try:
+        devices = [each.answer() for each in workplaces]
+        log(f"{sum(name is not None for name in devices)} of {len(workplaces)} sets of workers are up")
+        warm = [each for each in workplaces if not each.error]
+        ask_all(
+            warm, lambda each: Order(calibrations(each.config, each.layout)["many"], each.folder / "warm", 2)
+        )
+        log("warm")
+        settings = {"layouts": [str(each) for each in layouts], "config": base.model_dump(mode="json")}
+        about = {"device": next(filter(None, devices)), "environment": environment(), "settings": settings}
+        device = device_of(about["device"])
+
+        for group in side_by_side(workplaces):
+            for name in calibrations(base, group[0].layout):
+                ask_all(
+                    group,
+                    lambda each, name=name: Order(
+                        calibrations(each.config, each.layout)[name],
+                        each.folder / name,
+                        2 + CALIBRATION_STEPS,
+                    ),
+                )
+                for each in group:
+                    each.calibrations.append(each.folder / name)
+        log("costs are measured")
+        usable = [each for each in workplaces if not each.error]
+        wanted = cases(usable)
+        costs = [predict(each, device, [c for c in wanted if c.workplace is each]) for each in usable]
+        write(output / "predictions.json", about, wanted, costs)
+        log("predictions.json is written")
+
+        for group in side_by_side(workplaces):
+            for name in [case.name for case in wanted if case.workplace is group[0]]:
+                if time.monotonic() - began > limit:
+                    log(f"no time for {group[0].layout} {name}")
+                    continue
+                due = {
+                    each.architecture: c
+                    for each in group
+                    for c in wanted
+                    if c.workplace is each and c.name == name
+                }
+                enough = warm_steps(next(iter(due.values())).mode) + steps
+                ask_all(
+                    [each for each in group if not each.error],
+                    lambda each, due=due, name=name, enough=enough: Order(
+                        due[each.architecture].config, each.folder / name, enough, seconds
+                    ),
+                )
+                for each in group:
+                    if not each.error:
+                        record = read_run(each.folder / name)
+                        found = outcome(record)
+                        found["tokens_per_s_per_gpu"] = found["tokens_per_s"] / each.layout.gpus
+                        due[each.architecture].measured = found
+                log(f"{group[0].layout} {name}: {', '.join(due)}")
+                write(output / "results.json", about, wanted, costs)
+    finally:
+        for each in workplaces:
+            each.close()
+    Console(width=140).print(table(wanted))
+    log("done")
+
+
+if __name__ == "__main__":
+    typer.run(main)
