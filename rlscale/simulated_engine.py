@@ -28,6 +28,7 @@ class SimulatedEngines:
         workers: engines.
         max_num_seqs: completions that one engine draws at the same time.
         prompt_tokens: of each completion.
+        wake_s: that the first step of an engine takes longer when it had nothing to do.
         slice_s: an engine steps for so long, or until it is empty, before it hands on what is finished and
             looks up for prompts and new weights.
         reads_apart: prompts are read in a pass of their own, once for all samples of a group, which draws
@@ -46,6 +47,7 @@ class SimulatedEngines:
     prompt_tokens: float = 0.0
     prefill_s: float = 0.0
     prefill_sequence_s: float = 0.0
+    wake_s: float = 0.0
     slice_s: float = 0.0
     reads_apart: bool = False
     tokens_per_step: int = 1
@@ -124,6 +126,7 @@ class Engine:
         self._stretch: _Stretch | None = None
         self._stretches = 0
         self._paused = False
+        self._idle = True
 
     @property
     def load(self) -> int:
@@ -198,7 +201,9 @@ class Engine:
             begun.append(draft)
         n = len(self._running)
         if not n:
+            self._idle = True
             return
+        wake_s, self._idle = speed.wake_s if self._idle else 0.0, False
         context = self._drawn + n * speed.prompt_tokens
         step_s = self._step_s(n, context)
         self._stretch = _Stretch(
@@ -206,7 +211,7 @@ class Engine:
             settled=self._pool.clock(),
             completions=n,
             steps=self._running[0][0] - self._depth,
-            first_s=step_s + self._reading_s(begun, step_s),
+            first_s=wake_s + step_s + self._reading_s(begun, step_s),
             step_s=step_s + n * speed.context_token_s,
             rise=n * speed.context_token_s,
         )

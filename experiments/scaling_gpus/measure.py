@@ -20,8 +20,10 @@ GPU.
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,7 +54,7 @@ from rlscale.sweep import check
 from rlscale.workers import Workers
 
 ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
-CALIBRATION_STEPS = 4
+CALIBRATION_STEPS = 3
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
 
 
@@ -180,6 +182,7 @@ def run(workers: Workers, order: Order) -> int:
             if steps >= order.steps or (not in_time and steps >= order.steps / 2):
                 break
         events.close()
+    shutil.rmtree(order.folder / "checkpoints", ignore_errors=True)  # nobody goes on from here
     return steps
 
 
@@ -227,12 +230,21 @@ def variant(config: RunConfig, **rollout: int) -> RunConfig:
 
 def calibrations(config: RunConfig, layout: Layout) -> dict[str, RunConfig]:
     """Synchronous runs that costs are fitted to, none of them one that is predicted: few short completions,
-    most of the largest batch, and many and few completions of a token, whose prompts take the time."""
+    most of the largest batch, more than the engines have places for, so that some begin while others are
+    drawn, and many and few completions of a token, whose prompts take the time."""
     synchronous = config.model_copy(update={"mode": modes_of(config)[0]})
-    prompts, budget = config.rollout.prompts_per_step, config.budget
+    prompts, budget, samples = (
+        config.rollout.prompts_per_step,
+        config.budget,
+        config.rollout.samples_per_prompt,
+    )
+    places = config.rollout.max_num_seqs * layout.engines
     return {
         "few": variant(synchronous, prompts_per_step=max(1, prompts // 4), max_tokens=max(2, budget // 4)),
         "many": variant(synchronous, prompts_per_step=max(1, 3 * prompts * layout.gpus // 4)),
+        "late": variant(
+            synchronous, prompts_per_step=math.ceil(1.5 * places / samples), max_tokens=max(2, budget // 4)
+        ),
         "prompts": variant(synchronous, prompts_per_step=prompts, max_tokens=1),
         "prompt": variant(synchronous, prompts_per_step=1, max_tokens=1),
     }
@@ -253,6 +265,17 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.mode.kind}_{self.prompts}"
+
+    @property
+    def folder(self) -> Path:
+        return self.workplace.folder / self.name
+
+    def order(self, steps: int, seconds: float) -> Order:
+        return Order(self.config, self.folder, warm_steps(self.mode) + steps, seconds)
+
+    def outcome(self) -> dict[str, Any]:
+        found = outcome(read_run(self.folder))
+        return found | {"tokens_per_s_per_gpu": found["tokens_per_s"] / self.workplace.layout.gpus}
 
     def to_json(self) -> dict[str, Any]:
         layout = self.workplace.layout
@@ -396,8 +419,8 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results and runs.")] = Path(
         "runs/scaling"
     ),
-    layout: Annotated[
-        list[str] | None, typer.Option(help="1, or ENGINES+LEARNERS; repeat. Default: 1 and 1+1.")
+    layout_names: Annotated[
+        list[str] | None, typer.Option("--layout", help="1, or ENGINES+LEARNERS; repeat. Default: 1 and 1+1.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of each run, those apart that fill the engines.")] = 10,
     seconds: Annotated[float, typer.Option(help="After which a run ends once half its steps are done.")] = 10,
@@ -411,7 +434,7 @@ def main(
 
     try:
         base = load_config(RunConfig, config_file, overrides or [])
-        layouts = [Layout.parse(each) for each in layout or ["1", "1+1"]]
+        layouts = [Layout.parse(each) for each in layout_names or ["1", "1+1"]]
         if not isinstance(base.mode, AsynchronousConfig):
             raise UserError("mode.kind: engines of every mode are those of asynchronous, set it")
         visible = torch.cuda.device_count()
@@ -424,15 +447,17 @@ def main(
     every = [(each, i) for each in layouts for i in range(len(ARCHITECTURES))]
     workplaces = [start(each, base, i, runs, visible) for each, i in every]
     try:
-        devices = [each.answer() for each in workplaces]
-        log(f"{sum(name is not None for name in devices)} of {len(workplaces)} sets of workers are up")
+        devices = [name for each in workplaces if (name := each.answer())]
+        log(f"{len(devices)} of {len(workplaces)} sets of workers are up")
+        if not devices:
+            raise SystemExit("error: none could start")
         warm = [each for each in workplaces if not each.error]
         ask_all(
             warm, lambda each: Order(calibrations(each.config, each.layout)["many"], each.folder / "warm", 2)
         )
         log("warm")
         settings = {"layouts": [str(each) for each in layouts], "config": base.model_dump(mode="json")}
-        about = {"device": next(filter(None, devices)), "environment": environment(), "settings": settings}
+        about = {"device": devices[0], "environment": environment(), "settings": settings}
         device = device_of(about["device"])
 
         for group in side_by_side(workplaces):
@@ -454,31 +479,18 @@ def main(
         write(output / "predictions.json", about, wanted, costs)
         log("predictions.json is written")
 
-        for group in side_by_side(workplaces):
-            for name in [case.name for case in wanted if case.workplace is group[0]]:
+        for layout, name in dict.fromkeys((case.workplace.layout, case.name) for case in wanted):
+            for group in side_by_side([each for each in usable if each.layout == layout]):
                 if time.monotonic() - began > limit:
-                    log(f"no time for {group[0].layout} {name}")
+                    log(f"no time for {layout} {name}")
                     continue
-                due = {
-                    each.architecture: c
-                    for each in group
-                    for c in wanted
-                    if c.workplace is each and c.name == name
-                }
-                enough = warm_steps(next(iter(due.values())).mode) + steps
-                ask_all(
-                    [each for each in group if not each.error],
-                    lambda each, due=due, name=name, enough=enough: Order(
-                        due[each.architecture].config, each.folder / name, enough, seconds
-                    ),
-                )
-                for each in group:
-                    if not each.error:
-                        record = read_run(each.folder / name)
-                        found = outcome(record)
-                        found["tokens_per_s_per_gpu"] = found["tokens_per_s"] / each.layout.gpus
-                        due[each.architecture].measured = found
-                log(f"{group[0].layout} {name}: {', '.join(due)}")
+                due = [case for case in wanted if case.workplace in group and case.name == name]
+                orders = {id(case.workplace): case.order(steps, seconds) for case in due}
+                ask_all(group, lambda each, orders=orders: orders[id(each)])
+                for case in due:
+                    if not case.workplace.error:
+                        case.measured = case.outcome()
+                log(f"{layout} {name}: {', '.join(case.workplace.architecture for case in due)}")
                 write(output / "results.json", about, wanted, costs)
     finally:
         for each in workplaces:

@@ -387,6 +387,7 @@ def simulate_step(job: Job, mode: ModeConfig, split: Split) -> tuple[SimulationR
             prompt_tokens=work.prompt_tokens / grain,
             prefill_s=job.engine.pass_s.value,
             prefill_sequence_s=job.engine.read_s.value,
+            wake_s=job.engine.wake_s.value,
             slice_s=job.slice_s,
             reads_apart=job.reads_apart,
             tokens_per_step=grain,
@@ -435,7 +436,8 @@ def _batch_s(job: Job, split: Split) -> float:
     """Seconds in which the engine with the most groups has drawn its share of a batch."""
     work = job.work
     n = math.ceil(work.prompts / split.engines) * work.samples
-    prefill_s = _reading_s(job, n / work.samples if job.reads_apart else n, work.prompt_tokens)
+    reads = n / work.samples if job.reads_apart else n
+    prefill_s = job.engine.wake_s.value + _reading_s(job, reads, work.prompt_tokens)
     if n > job.places:  # places fall free and are taken at once, until the last completions
         full = _step(job, job.places, work.prompt_tokens + work.mean_square / work.mean / 2)
         tail = (work.longest - work.mean) * _step(job, 1, work.prompt_tokens + work.longest)
@@ -446,7 +448,7 @@ def _batch_s(job: Job, split: Split) -> float:
     alive = np.maximum(1, n * np.arange(len(ends), 0, -1) / len(ends))
     steps = ends - starts
     contexts = alive * (work.prompt_tokens * steps + (ends**2 - starts**2) / 2)
-    sample = EngineSample(float(ends[-1]), float((alive * steps).sum()), float(contexts.sum()), 0, 0, 0, 0)
+    sample = EngineSample(float(ends[-1]), float((alive * steps).sum()), float(contexts.sum()), 0, 0, 0, 0, 0)
     return prefill_s + job.engine.seconds(sample)
 
 
@@ -475,7 +477,7 @@ def _step_end_s(job: Job, mode: ModeConfig, split: Split) -> float:
 
 def _step(job: Job, n: float, context: float) -> float:
     """Seconds in which n sequences behind `context` tokens each draw a token."""
-    return job.engine.seconds(EngineSample(1, n, n * context, 0, 0, 0, 0))
+    return job.engine.seconds(EngineSample(1, n, n * context, 0, 0, 0, 0, 0))
 
 
 def _reading_s(job: Job, sequences: float, tokens: float) -> float:

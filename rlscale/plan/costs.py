@@ -9,8 +9,9 @@ and what is read in it, prompts or completions after a weight update in flight, 
 
     pass_s + sequences * read_s + operations * prefill_flop_s
 
-more. A learner's step takes `step_s + sequences * sequence_s + operations * flop_s`, and between the end of a
-whole batch and it lie `batch_s + completions * completion_s`. Coefficients are never negative.
+more. The first step of an engine that had nothing to do takes `wake_s` more. A learner's step takes
+`step_s + sequences * sequence_s + operations * flop_s`, and between the end of a whole batch and it lie
+`batch_s + completions * completion_s`. Coefficients are never negative.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class EngineSample:
         passes: steps in which something was read.
         reads: sequences that were read.
         prefill_flops: operations to read them.
+        wakes: steps before which the engine had nothing to do.
     """
 
     steps: float
@@ -54,6 +56,7 @@ class EngineSample:
     passes: float
     reads: float
     prefill_flops: float
+    wakes: float
     seconds: float
 
 
@@ -92,6 +95,7 @@ class EngineCosts:
     pass_s: Coefficient
     read_s: Coefficient
     prefill_flop_s: Coefficient
+    wake_s: Coefficient
 
     def seconds(self, sample: EngineSample) -> float:
         """What such steps take."""
@@ -102,6 +106,7 @@ class EngineCosts:
             + sample.passes * self.pass_s.value
             + sample.reads * self.read_s.value
             + sample.prefill_flops * self.prefill_flop_s.value
+            + sample.wakes * self.wake_s.value
         )
 
 
@@ -142,6 +147,7 @@ def roofline_engine(
         _assumed(step_s),
         _assumed(state_s / 2),
         _assumed(1 / flops),
+        _assumed(0.0),
     )
 
 
@@ -159,7 +165,9 @@ def fit_engine(samples: Sequence[EngineSample], roofline: EngineCosts) -> Engine
 
     What the samples do not tell apart keeps the roofline's value, and says so.
     """
-    columns = [[s.steps, s.sequences, s.contexts, s.prefill_flops, s.reads, s.passes] for s in samples]
+    columns = [
+        [s.steps, s.sequences, s.contexts, s.prefill_flops, s.reads, s.passes, s.wakes] for s in samples
+    ]
     assumed = [
         roofline.step_s,
         roofline.sequence_s,
@@ -167,9 +175,10 @@ def fit_engine(samples: Sequence[EngineSample], roofline: EngineCosts) -> Engine
         roofline.prefill_flop_s,
         roofline.read_s,
         roofline.pass_s,
+        roofline.wake_s,
     ]
-    step, sequence, context, flop, read, reading = _fit(columns, [s.seconds for s in samples], assumed)
-    return EngineCosts(step, sequence, context, reading, read, flop)
+    step, sequence, context, flop, read, reading, wake = _fit(columns, [s.seconds for s in samples], assumed)
+    return EngineCosts(step, sequence, context, reading, read, flop, wake)
 
 
 def fit_learner(samples: Sequence[LearnerSample], roofline: LearnerCosts) -> LearnerCosts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from rlscale.errors import UserError
 from rlscale.models import model_config
 from rlscale.plan.costs import EngineSample, HandOverSample, LearnerSample
 from rlscale.plan.hardware import Device
-from rlscale.plan.lengths import EmpiricalLengths
+from rlscale.plan.lengths import EmpiricalLengths, Lengths
 from rlscale.plan.memory import cache_layout, weight_bytes
 from rlscale.runs.reading import RunRecord, read_run
 from rlscale.weights.transport import choose_transport
@@ -137,11 +139,11 @@ def _read_results(
 def _engine_samples(case: Mapping[str, Any], shape: KimiLinearConfig) -> list[EngineSample]:
     if case["kind"] == "prefill":
         flops = forward_flops(shape, [case["context"]], predicted=1).total
-        return [EngineSample(0, 0, 0, 1, 1, flops, case["prefill_s"])]
+        return [EngineSample(0, 0, 0, 1, 1, flops, 0, case["prefill_s"])]
     if case["step_ms"] is None:  # so many sequences did not fit
         return []
     n = case["sequences"]
-    return [EngineSample(1, n, n * case["context"], 0, 0, 0, case["step_ms"] / 1e3)]
+    return [EngineSample(1, n, n * case["context"], 0, 0, 0, 0, case["step_ms"] / 1e3)]
 
 
 def _read_run(
@@ -192,20 +194,38 @@ def _engine_sample(record: RunRecord, step: Mapping[str, Any], shape: KimiLinear
     completions = step["rollout_tokens_per_s"] * step["rollout_s"] / mean / rollout.workers
     lengths = EmpiricalLengths.of_steps([_quantiles(record, step)])
     apart = reads_apart(record.config)
-    reads = completions / rollout.samples_per_prompt if apart else completions
-    sequences = completions * (mean - apart)  # a pass apart draws the first token of each
-    steps = max(lengths.quantile(1) - apart, sequences / rollout.max_num_seqs)
-    # Those that find no place at first begin as places fall free.
-    late = max(0.0, 1 - rollout.max_num_seqs / completions)
+    steps, passes, late = batch_steps(lengths, round(completions), rollout.max_num_seqs)
+    # A pass apart draws the first tokens, and reads a prompt once for all samples that begin in it.
+    reads = (completions - late) / rollout.samples_per_prompt + late if apart else completions
     return EngineSample(
-        steps=steps,
-        sequences=sequences,
+        steps=steps - apart,
+        sequences=completions * (mean - apart),
         contexts=completions * (prompt * mean + lengths.mean_square() / 2),
-        passes=1 + late * min(steps, reads),
+        passes=passes,
         reads=reads,
         prefill_flops=reads * forward_flops(shape, [round(prompt)], predicted=1).total,
+        wakes=1,
         seconds=(1 - step["rollout_idle_fraction"]) * step["step_s"],
     )
+
+
+def batch_steps(lengths: Lengths, completions: int, places: int) -> tuple[int, int, int]:
+    """How an engine with so many places draws a batch, the next completion beginning as a place falls free.
+
+    Returns:
+        its steps; those of them in which completions begin; completions that found no place at first.
+    """
+    drawn = lengths.spread(completions).astype(int).tolist()
+    drawn[-1] = lengths.quantile(1)
+    random.Random(0).shuffle(drawn)  # the batch's order is not that of its lengths
+    ends = sorted(drawn[:places])
+    last, begun = ends[-1], {0}
+    for length in drawn[places:]:
+        start = heapq.heappop(ends)
+        begun.add(start)
+        heapq.heappush(ends, start + length)
+        last = max(last, start + length)
+    return last, len(begun), max(0, completions - places)
 
 
 def reads_apart(config: RunConfig) -> bool:

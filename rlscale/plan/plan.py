@@ -269,6 +269,7 @@ def named_costs(job: Job, measured: Measurements) -> dict[str, Coefficient]:
         "decode step": engine.step_s,
         "sequence in it": engine.sequence_s,
         "token of its context": engine.context_s,
+        "first step": engine.wake_s,
         "step that reads": engine.pass_s,
         "sequence read": engine.read_s,
         "operation of prefill": engine.prefill_flop_s,

@@ -110,18 +110,20 @@ def test_part_of_a_batch_holds_the_longest_of_the_whole_batch():
 
 def test_a_fit_recovers_costs_from_noisy_steps_of_which_some_were_disturbed():
     generator = random.Random(1)
-    true = (2e-3, 5e-5, 3e-9, 2e-2, 1e-3, 2e-14)
+    true = (2e-3, 5e-5, 3e-9, 2e-2, 1e-3, 2e-14, 3e-2)
     samples = []
     for _ in range(200):
         n, context = generator.randint(1, 200), generator.randint(100, 100_000)
         reads = generator.choice((0, generator.randint(1, 20)))
-        columns = (1, n, n * context, min(reads, 1), reads, reads * generator.choice((1e9, 1e11)))
+        columns = (1, n, n * context, min(reads, 1), reads)
+        columns += (reads * generator.choice((1e9, 1e11)), generator.choice((0, 1)))
         seconds = sum(a * b for a, b in zip(true, columns, strict=True))
         disturbance = 5 if generator.random() < 0.1 else 1
         samples.append(EngineSample(*columns, seconds * disturbance * generator.gauss(1, 0.02)))
     model = model_config(MEASURED_MODEL, "hybrid")
     fit = fit_engine(samples, roofline_engine(model, torch.bfloat16, H100, Efficiency()))
-    found = (fit.step_s, fit.sequence_s, fit.context_s, fit.pass_s, fit.read_s, fit.prefill_flop_s)
+    found = (fit.step_s, fit.sequence_s, fit.context_s, fit.pass_s, fit.read_s)
+    found += (fit.prefill_flop_s, fit.wake_s)
     assert [c.value for c in found] == pytest.approx(true, rel=0.05)
     assert {c.origin for c in found} == {MEASURED}
 
@@ -129,7 +131,7 @@ def test_a_fit_recovers_costs_from_noisy_steps_of_which_some_were_disturbed():
 def test_what_samples_do_not_tell_apart_is_not_called_measured():
     model = model_config(MEASURED_MODEL, "hybrid")
     roofline = roofline_engine(model, torch.bfloat16, H100, Efficiency())
-    alike = [EngineSample(10, 640, 640 * 500, 0, 0, 0, 0.1 + noise) for noise in (0.0, 0.001, -0.001)]
+    alike = [EngineSample(10, 640, 640 * 500, 0, 0, 0, 0, 0.1 + noise) for noise in (0.0, 0.001, -0.001)]
     fit = fit_engine(alike, roofline)
     assert fit.step_s.origin == MEASURED
     assert fit.seconds(alike[0]) == pytest.approx(0.1, rel=0.01)
