@@ -44,7 +44,7 @@ from rlscale.config import Architecture, AsynchronousConfig, RunConfig, load_con
 from rlscale.errors import UserError
 from rlscale.plan.cluster import Forecast, Split, forecast
 from rlscale.plan.hardware import DEVICES, Device, Efficiency, find_device
-from rlscale.plan.measurements import read_measurements, run_lengths
+from rlscale.plan.measurements import WARM_STEPS, read_measurements, run_lengths
 from rlscale.plan.plan import make_job, modes_of, named_costs
 from rlscale.plan.validation import outcome, warm_steps
 from rlscale.runs.environment import environment
@@ -101,12 +101,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A run to make: until `steps` are taken, at most for so many `seconds` once half of them are."""
+    """A run to make: until `steps` are taken, or `least` of them in more than so many `seconds`."""
 
     config: RunConfig
     folder: Path
     steps: int
-    seconds: float = float("inf")
+    least: int
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -156,10 +157,15 @@ class Workplace:
             self.process.terminate()
 
 
-def serve(config: RunConfig, pipe: Connection) -> None:
-    """A workplace's process: workers, and one run after the other on them."""
+def serve(config: RunConfig, pipe: Connection, starting: Any) -> None:
+    """A workplace's process: workers, and one run after the other on them.
+
+    Args:
+        starting: a lock: several Rays that start at the same moment can keep each other from it.
+    """
     try:
-        cluster.connect()
+        with starting:
+            cluster.connect()
         with (
             cluster.reserve(Workers.bundles(config), timeout=120) as placement,
             Workers(config, placement, check(config)) as workers,
@@ -179,14 +185,16 @@ def run(workers: Workers, order: Order) -> int:
         for event in events:
             steps = event.step if event.state == "training" else steps
             in_time = time.monotonic() - started < order.seconds
-            if steps >= order.steps or (not in_time and steps >= order.steps / 2):
+            if steps >= (order.steps if in_time else order.least):
                 break
         events.close()
     shutil.rmtree(order.folder / "checkpoints", ignore_errors=True)  # nobody goes on from here
     return steps
 
 
-def start(layout: Layout, base: RunConfig, index: int, folder: Path, visible: int) -> Workplace:
+def start(
+    layout: Layout, base: RunConfig, index: int, folder: Path, visible: int, starting: Any
+) -> Workplace:
     """The process of an architecture's workers, on GPUs that differ between architectures where they can."""
     config = layout.place(base.model_copy(update={"architecture": ARCHITECTURES[index]}), visible > 0)
     gpus = [(index + i) % visible for i in range(layout.gpus)] if visible else []
@@ -195,7 +203,7 @@ def start(layout: Layout, base: RunConfig, index: int, folder: Path, visible: in
     if gpus:  # read by the process that starts now
         names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(visible)))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in gpus)
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(config, theirs))
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(config, theirs, starting))
     process.start()
     os.environ.clear()
     os.environ.update(before)
@@ -250,6 +258,11 @@ def calibrations(config: RunConfig, layout: Layout) -> dict[str, RunConfig]:
     }
 
 
+def calibration(workplace: Workplace, name: str, folder: str, steps: int) -> Order:
+    config = calibrations(workplace.config, workplace.layout)[name]
+    return Order(config, workplace.folder / folder, steps, steps, float("inf"))
+
+
 @dataclass(slots=True)
 class Case:
     """A run that is predicted, and how it came out."""
@@ -271,7 +284,8 @@ class Case:
         return self.workplace.folder / self.name
 
     def order(self, steps: int, seconds: float) -> Order:
-        return Order(self.config, self.folder, warm_steps(self.mode) + steps, seconds)
+        warm = warm_steps(self.mode)
+        return Order(self.config, self.folder, warm + steps, warm + min(3, steps), seconds)
 
     def outcome(self) -> dict[str, Any]:
         found = outcome(read_run(self.folder))
@@ -423,7 +437,7 @@ def main(
         list[str] | None, typer.Option("--layout", help="1, or ENGINES+LEARNERS; repeat. Default: 1 and 1+1.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of each run, those apart that fill the engines.")] = 10,
-    seconds: Annotated[float, typer.Option(help="After which a run ends once half its steps are done.")] = 10,
+    seconds: Annotated[float, typer.Option(help="After which a run ends early.")] = 10,
     limit: Annotated[float, typer.Option(help="Seconds after which no run begins.")] = 3600,
 ) -> None:
     """Predict one RL step on these layouts, then measure it."""
@@ -445,16 +459,15 @@ def main(
     runs = output / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     every = [(each, i) for each in layouts for i in range(len(ARCHITECTURES))]
-    workplaces = [start(each, base, i, runs, visible) for each, i in every]
+    starting = multiprocessing.get_context("spawn").Lock()
+    workplaces = [start(each, base, i, runs, visible, starting) for each, i in every]
     try:
         devices = [name for each in workplaces if (name := each.answer())]
         log(f"{len(devices)} of {len(workplaces)} sets of workers are up")
         if not devices:
             raise SystemExit("error: none could start")
         warm = [each for each in workplaces if not each.error]
-        ask_all(
-            warm, lambda each: Order(calibrations(each.config, each.layout)["many"], each.folder / "warm", 2)
-        )
+        ask_all(warm, lambda each: calibration(each, "many", "warm", 2))
         log("warm")
         settings = {"layouts": [str(each) for each in layouts], "config": base.model_dump(mode="json")}
         about = {"device": devices[0], "environment": environment(), "settings": settings}
@@ -462,14 +475,8 @@ def main(
 
         for group in side_by_side(workplaces):
             for name in calibrations(base, group[0].layout):
-                ask_all(
-                    group,
-                    lambda each, name=name: Order(
-                        calibrations(each.config, each.layout)[name],
-                        each.folder / name,
-                        2 + CALIBRATION_STEPS,
-                    ),
-                )
+                steps_taken = WARM_STEPS + CALIBRATION_STEPS
+                ask_all(group, lambda each, name=name: calibration(each, name, name, steps_taken))
                 for each in group:
                     each.calibrations.append(each.folder / name)
         log("costs are measured")
