@@ -1,8 +1,8 @@
 """The policies that the runs of lengths_h200.yaml and hybrid_ratio.yaml start from.
 
-    python experiments/lengths_h200/base.py hybrid --output runs/roster_base/hybrid
+    python experiments/lengths_h200/base.py hybrid --output runs/countdown_base/hybrid
 
-Supervised training from random weights on rosters of one length, until the policy is sometimes right.
+Supervised training from random weights on countdowns of one length, until the policy is sometimes right.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def main(
     architecture: Annotated[str, typer.Argument(help="hybrid, mla or hybrid_NtoM.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
     preset: Annotated[str, typer.Option(help="Shape of the hybrid.")] = "small",
-    length: Annotated[int, typer.Option(help="Required length of the rosters, in tokens.")] = 256,
-    batch: Annotated[int, typer.Option(help="Rosters a step.")] = 64,
+    length: Annotated[int, typer.Option(help="Required length of the answers, in tokens.")] = 256,
+    batch: Annotated[int, typer.Option(help="Answers a step.")] = 64,
     target: Annotated[float, typer.Option(help="Pass rate to stop at.")] = 0.2,
     steps: Annotated[int, typer.Option(help="Optimizer steps, at most.")] = 2000,
     seconds: Annotated[float, typer.Option(help="Save what there is after so many.")] = 600,
@@ -42,7 +42,7 @@ def main(
     on_gpu = torch.cuda.is_available()
     spec = LearnerSpec(model_config(shape, kind), torch.bfloat16 if on_gpu else torch.float32)
     learner = spec.build(LearnerConfig(num_gpus=int(on_gpu)), GRPOConfig(), seed=0)
-    tokenizer, task = build_tokenizer(), make_task("roster", length, {})
+    tokenizer, task = build_tokenizer(), make_task("countdown", length, {})
     config = WarmStartConfig(
         target_pass_rate=target, max_steps=steps, batch_size=batch, learning_rate=1e-3, evaluate_every=5
     )

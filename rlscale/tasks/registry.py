@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from rlscale.errors import UserError
 from rlscale.tasks.base import Task
 from rlscale.tasks.gym import PREFIX, GymTask, dataset_fields, dataset_names
-from rlscale.tasks.synthetic import Recall, Reversal, Roster, RunningSum, Sorting, Stack
+from rlscale.tasks.synthetic import Countdown, Recall, Reversal, RunningSum, Sorting, Stack
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Reversal, Sorting, Recall, Stack, RunningSum, Roster)
+    task.name: task for task in (Reversal, Sorting, Recall, Stack, RunningSum, Countdown)
 }
 
 

@@ -154,38 +154,38 @@ class RunningSum(Task):
         return "".join(numerals[i] for i in terms) + END, "".join(numerals[i] for i in sums)
 
 
-class RosterOptions(TaskOptions):
-    names: int = Field(8, ge=2, le=len(ascii_uppercase))
-    """Names in the prompt, all different."""
-    alphabet: int = Field(8, ge=2, le=len(ascii_uppercase))
-    """Letters that names are drawn from: A-Z; as many as names at least."""
-    base: int = Field(16, ge=2, le=len(digits + ascii_lowercase))
-    """Of the number that counts down; its digits are 0-9, then a-z."""
+class CountdownOptions(TaskOptions):
+    letters: int = Field(5, ge=1, le=len(ascii_lowercase))
+    """Of the word in the prompt, all different."""
+    alphabet: int = Field(8, ge=1, le=len(ascii_lowercase))
+    """Letters that words are drawn from: a-z; as many as a word has at least."""
+    base: int = Field(16, ge=2, le=len(digits + ascii_uppercase))
+    """Of the number that counts down; its digits are 0-9, then A-Z."""
     digits: int = Field(3, ge=1, le=8)
-    """Of that number, the least significant one first. A row of the answer is a name and so many digits."""
+    """Of that number, the least significant one first. A row of the answer is the word and so many digits."""
 
 
-class Roster(Task):
-    """A short prompt and a long answer, as in reasoning: each row recalls a name from the prompt and counts
-    on from the row before it, and the answer ends where the count does."""
+class Countdown(Task):
+    """A short prompt and a long answer, as in reasoning: each row repeats the word and counts on from the row
+    before it, and the answer ends where the count does."""
 
-    name = "roster"
-    summary = "names that take turns, and a number to count down from: BAC300= gives B200A100C000"
-    Options = RosterOptions
-    options: RosterOptions
-    lengths = "multiples of 1 + digits, of fewer than base ** digits rows"
+    name = "countdown"
+    summary = "a word and a number, to be answered by rows that count down: cab300= gives cab200cab100cab000"
+    Options = CountdownOptions
+    options: CountdownOptions
+    lengths = "multiples of letters + digits, of fewer than base ** digits rows"
 
-    def __init__(self, required_length: int, options: RosterOptions) -> None:
+    def __init__(self, required_length: int, options: CountdownOptions) -> None:
         super().__init__(required_length, options)
         if required_length % self._row:
             raise UserError(
-                f"{self.name}: required_length={required_length} is impossible, "
-                f"valid: multiples of {self._row} (a name and {options.digits} digits a row)"
+                f"{self.name}: required_length={required_length} is impossible, valid: multiples of "
+                f"{self._row} ({options.letters} letters and {options.digits} digits a row)"
             )
-        if options.alphabet < options.names:
+        if options.alphabet < options.letters:
             raise UserError(
-                f"{self.name}: {options.names} different names need as many letters: "
-                f"raise alphabet (now {options.alphabet}) or lower names"
+                f"{self.name}: words of {options.letters} different letters need an alphabet of as many: "
+                f"raise alphabet (now {options.alphabet}) or lower letters"
             )
 
     def longest(self) -> int | None:
@@ -195,18 +195,19 @@ class Roster(Task):
         return f" (rows counted in {self.options.digits} digits to base {self.options.base})"
 
     def draw(self, rng: np.random.Generator) -> tuple[str, str]:
-        letters = rng.permutation(self.options.alphabet)[: self.options.names]
-        names = [ascii_uppercase[i] for i in letters]
+        letters = rng.permutation(self.options.alphabet)[: self.options.letters]
+        word = "".join(ascii_lowercase[i] for i in letters)
         rows = self.required_length // self._row
-        turns = [names[i % len(names)] + self._number(rows - 1 - i) for i in range(rows)]
-        return "".join(names) + self._number(rows) + END, "".join(turns)
+        return word + self._number(rows) + END, "".join(
+            word + self._number(left) for left in range(rows)[::-1]
+        )
 
     @property
     def _row(self) -> int:
-        return 1 + self.options.digits
+        return self.options.letters + self.options.digits
 
     def _number(self, value: int) -> str:
-        numerals, base = digits + ascii_lowercase, self.options.base
+        numerals, base = digits + ascii_uppercase, self.options.base
         return "".join(numerals[value // base**place % base] for place in range(self.options.digits))
 
 

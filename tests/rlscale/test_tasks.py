@@ -51,13 +51,12 @@ def solve(name: str, prompt: str, modulus: int = 10) -> str:
             "0123456789abcdefghijklmnopqrstuvwxyz"[sum(int(c, 36) for c in body[: i + 1]) % modulus]
             for i in range(len(body))
         )
-    if name == "roster":
-        names, left = re.fullmatch(r"([A-Z]+)([0-9a-f]+)", body).groups()
+    if name == "countdown":
+        word, left = re.fullmatch(r"([a-z]+)([0-9A-F]+)", body).groups()
         rows = ""
         while int(left[::-1], 16):
-            left = f"{int(left[::-1], 16) - 1:0{len(left)}x}"[::-1]
-            rows += names[0] + left
-            names = names[1:] + names[0]
+            left = f"{int(left[::-1], 16) - 1:0{len(left)}X}"[::-1]
+            rows += word + left
         return rows
     assert name == "stack"
     popped = ""
@@ -74,8 +73,8 @@ def solve(name: str, prompt: str, modulus: int = 10) -> str:
 
 
 def possible(name: str, length: int) -> int:
-    """The next length that the task can have: rosters have rows of four."""
-    return -(-length // 4) * 4 if name == "roster" else length
+    """The next length that the task can have: rows of a countdown have eight tokens."""
+    return -(-length // 8) * 8 if name == "countdown" else length
 
 
 @pytest.mark.parametrize("name", list_tasks())
@@ -102,7 +101,11 @@ def test_answers_stay_right_under_every_difficulty_option(length, data):
         "recall": {"pairs": data.draw(st.integers(4, 52)), "values": data.draw(st.integers(2, 40))},
         "stack": {"stacks": data.draw(st.integers(1, 64)), "elements": data.draw(st.integers(2, 26))},
         "running_sum": {"modulus": data.draw(st.integers(2, 36))},
-        "roster": {"names": data.draw(st.integers(2, 13)), "alphabet": data.draw(st.integers(13, 26))},
+        "countdown": {
+            "letters": (half := data.draw(st.sampled_from([2, 4]))),
+            "digits": half,
+            "alphabet": 20,
+        },
     }
     assert choices.keys() == TASKS.keys()
     for name, options in choices.items():
@@ -126,15 +129,17 @@ def test_options_set_what_they_say():
     assert set(make_task("running_sum", 400, {"modulus": 12}).problem("train", 4).answer) == set(
         "0123456789ab"
     )
-    roster = make_task("roster", 60, {"names": 3, "alphabet": 4, "base": 3, "digits": 3}).problem("train", 5)
-    assert re.fullmatch(r"[A-D]{3}021=", roster.prompt)  # 15 is 120 to base 3, written from its end
-    assert roster.answer[4:12] == f"{roster.prompt[1]}111{roster.prompt[2]}011"
-    assert roster.answer.endswith("000")
+    counted = make_task("countdown", 60, {"letters": 1, "alphabet": 9, "base": 3, "digits": 3}).problem(
+        "train", 5
+    )
+    assert re.fullmatch(r"[a-i]021=", counted.prompt)  # 15 is 120 to base 3, written from its end
+    assert counted.answer[:12].replace(counted.prompt[0], "-") == "-211-111-011"
+    assert counted.answer.endswith("000")
 
 
 def test_problems_do_not_depend_on_the_process():
     script = (
-        "from rlscale.tasks import *; print([make_task(n, 12, {}).problem('train', 7) for n in list_tasks()])"
+        "from rlscale.tasks import *; print([make_task(n, 16, {}).problem('train', 7) for n in list_tasks()])"
     )
     other = subprocess.run(
         [sys.executable, "-c", script],
@@ -143,7 +148,7 @@ def test_problems_do_not_depend_on_the_process():
         check=True,
         env={"PYTHONHASHSEED": "1"},
     )
-    assert other.stdout.strip() == str([make_task(name, 12, {}).problem("train", 7) for name in list_tasks()])
+    assert other.stdout.strip() == str([make_task(name, 16, {}).problem("train", 7) for name in list_tasks()])
 
 
 @pytest.mark.parametrize("name", list_tasks())
@@ -200,15 +205,20 @@ def test_prefix_reward_counts_up_to_the_first_error(right, tail):
     [
         ("reversl", 8, {}, "unknown task 'reversl': Did you mean 'reversal'"),
         ("reasoning_gym/chain_sums", 8, {}, "Did you mean 'reasoning_gym/chain_sum'"),
-        ("", 8, {}, "Known are reversal, sorting, recall, stack, running_sum, roster and reasoning_gym/NAME"),
+        (
+            "",
+            8,
+            {},
+            "Known are reversal, sorting, recall, stack, running_sum, countdown and reasoning_gym/NAME",
+        ),
         ("reversal", 0, {}, "required_length=0 is impossible, valid: 1 or more"),
         ("sorting", 27, {"alphabet": 26, "distinct": True}, "required_length=27 .* valid: 1 to 26"),
         ("reversal", 8, {"alphabets": 26}, "unknown option 'alphabets', known are alphabet"),
         ("reversal", 8, {"alphabet": 63}, r"option alphabet: .* less than or equal to 62 \(given: 63\)"),
         ("stack", 8, {"stacks": 65}, "option stacks: .* 64"),
-        ("roster", 10, {}, "required_length=10 is impossible, valid: multiples of 4"),
-        ("roster", 36, {"base": 3, "digits": 2}, "valid: 1 to 24 .rows counted in 2 digits to base 3"),
-        ("roster", 8, {"names": 9}, "9 different names need as many letters: raise alphabet .now 8"),
+        ("countdown", 88, {"letters": 8, "alphabet": 7}, "words of 8 different letters need an alphabet"),
+        ("countdown", 12, {}, "required_length=12 is impossible, valid: multiples of 8"),
+        ("countdown", 36, {"letters": 1, "base": 3, "digits": 2}, "valid: 1 to 24 .rows counted in 2 digits"),
         ("reasoning_gym/chain_sum", 8, {"terms": 2}, "unknown option 'terms', known are min_terms"),
         ("reasoning_gym/chain_sum", 8, {"seed": 2}, "unknown option 'seed'"),
         ("reasoning_gym/chain_sum", 8, {"min_terms": 9, "max_terms": 2}, "refuses the options"),
@@ -251,7 +261,7 @@ def test_answers_longer_than_a_reasoning_gym_bound_are_an_error_with_the_remedy(
 
 @pytest.mark.parametrize("name", [*list_tasks(), "reasoning_gym/gcd"])
 def test_tasks_travel_between_processes(name):
-    task = make_task(name, 12, {})
+    task = make_task(name, 16, {})
     copy: Task = pickle.loads(pickle.dumps(task))
     assert copy.problem("held_out", 5) == task.problem("held_out", 5)
 
