@@ -54,7 +54,7 @@ from rlscale.sweep import check
 from rlscale.workers import Workers
 
 ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
-CALIBRATION_STEPS = 3
+CALIBRATION_STEPS = WARM_STEPS + 3
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
 
 
@@ -475,8 +475,7 @@ def main(
 
         for group in side_by_side(workplaces):
             for name in calibrations(base, group[0].layout):
-                steps_taken = WARM_STEPS + CALIBRATION_STEPS
-                ask_all(group, lambda each, name=name: calibration(each, name, name, steps_taken))
+                ask_all(group, lambda each, name=name: calibration(each, name, name, CALIBRATION_STEPS))
                 for each in group:
                     each.calibrations.append(each.folder / name)
         log("costs are measured")
