@@ -117,6 +117,11 @@ class RolloutConfig(Section):
                 f"tensor_parallel_size={size} needs a GPU for each rank: set num_gpus to {size}, or to 0 for "
                 f"CPUs, not {self.num_gpus:g}"
             )
+        if size > 1 and self.sleep_level:
+            raise ValueError(
+                f"sleep_level={self.sleep_level} is for a GPU that a learner shares, and "
+                f"tensor_parallel_size={size} takes whole ones: set sleep_level to 0"
+            )
         return self
 
 

@@ -144,6 +144,11 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
         ),
         (
             RunConfig,
+            "rollout: {tensor_parallel_size: 2, num_gpus: 2, sleep_level: 1}",
+            r"^rollout: sleep_level=1 is for a GPU that a learner shares, .* set sleep_level to 0",
+        ),
+        (
+            RunConfig,
             "rollout: {tensor_parallel_size: 2, num_gpus: 1}",
             r"^rollout: tensor_parallel_size=2 needs a GPU for each rank: set num_gpus to 2, or to 0",
         ),
