@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
@@ -200,7 +201,9 @@ def _gpu_arguments(cache_bytes: int) -> dict[str, Any]:
 class VLLMEngine(RolloutEngine):
     """A `RolloutEngine` on vLLM. Latent cache and recurrent states are paged, sequences batched continuously.
 
-    Prefix caching is off, so no state outlives the weights that computed it.
+    Prefix caching is off, so no state outlives the weights that computed it. If a tensor-parallel rank dies,
+    this process ends too: what is left of the engine can draw nothing, and whoever watches over this process
+    has one death to deal with.
 
     Args:
         model: shape of the policy, hybrid or MLA alone.
@@ -251,6 +254,9 @@ class VLLMEngine(RolloutEngine):
             sleeps=bool(sleep_level),
             tensor_parallel_size=tensor_parallel_size,
         )
+        if tensor_parallel_size > 1:
+            executor = self._engine.engine_core.engine_core.model_executor
+            executor.register_failure_callback(_die_with_a_rank)
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         """See `RolloutEngine.submit`.
@@ -390,6 +396,11 @@ def _read_published(worker: Any, manifest: Manifest) -> list[Exception]:
     except (ValueError, RuntimeError) as error:
         return [error]
     return []
+
+
+def _die_with_a_rank() -> None:
+    print("a tensor-parallel rank died, often for want of memory", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def engine_peak_bytes(engine: Any) -> int:
