@@ -26,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
+    from kimi_linear.ops.triton import chunk as chunk_module
     from kimi_linear.ops.triton import chunk_kda, fused_recurrent_kda, kda_decode_step
 
     NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
@@ -166,21 +167,58 @@ else:
     @settings(max_examples=6, deadline=None)
     @given(
         lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any),
+        groups=st.integers(1, 3),
         key_dim=st.integers(16, 40),
         value_dim=st.integers(16, 40),
         seed=st.integers(0, 2**16),
     )
     def test_chunks_equal_the_token_by_token_kernel(
-        lengths: list[int], key_dim: int, value_dim: int, seed: int
+        lengths: list[int], groups: int, key_dim: int, value_dim: int, seed: int
     ) -> None:
         torch.manual_seed(seed)
         bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-        inputs = new_inputs(1, sum(lengths), 1, 1, key_dim, value_dim, len(lengths))
+        inputs = new_inputs(1, sum(lengths), 1, groups, key_dim, value_dim, len(lengths))
         with torch.no_grad():
             chunk = call(chunk_kda, inputs, cu_seqlens=bounds)
             token = call(fused_recurrent_kda, inputs, cu_seqlens=bounds)
         for x, expected in zip(chunk, token, strict=True):
             assert relative_error(x, expected.double()) < 1e-5
+
+    def test_a_training_step_prepares_once_and_what_needs_no_gradient_keeps_nothing_for_one(
+        monkeypatch,
+    ) -> None:  # type: ignore[no-untyped-def]
+        prepared, original = [], chunk_module.prepare
+
+        def prepare(*arguments, **options):  # type: ignore[no-untyped-def]
+            prepared.append(original(*arguments, **options))
+            return prepared[-1]
+
+        monkeypatch.setattr(chunk_module, "prepare", prepare)
+        inputs = new_inputs(1, 20, 1, 1, 16, 16, 1)
+        with torch.no_grad():
+            call(chunk_kda, inputs)
+        call(chunk_kda, inputs)
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        o, state = call(chunk_kda, inputs)
+        for _ in range(2):
+            torch.autograd.grad(o.sum() + state.sum(), leaves, retain_graph=True)
+        assert [x.inverse is not None for x in prepared] == [False, False, True]
+
+    @settings(max_examples=3, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
+        groups=st.integers(1, 2),
+        key_dim=st.integers(16, 32),
+        value_dim=st.integers(16, 32),
+        seed=st.integers(0, 2**16),
+    )
+    def test_gradients_of_any_packing_and_head_sizes_are_the_recurrences(
+        lengths: list[int], groups: int, key_dim: int, value_dim: int, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        inputs = new_inputs(1, sum(lengths), 1, groups, key_dim, value_dim, len(lengths))
+        check(inputs, cu_seqlens=bounds)
 
     def test_half_precision_inputs_are_read_and_written_in_their_dtype() -> None:
         for dtype in (torch.bfloat16, torch.float16):
