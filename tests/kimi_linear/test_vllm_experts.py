@@ -39,7 +39,7 @@ def test_the_grouped_kernel_is_given_the_experts_that_the_cpu_takes_one_by_one(
     layer = SimpleNamespace(
         experts=experts,
         top_k=top_k,
-        intermediate=intermediate,
+        share=intermediate,
         hidden=hidden,
         groups=groups,
         top_groups=top_groups,
