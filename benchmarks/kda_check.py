@@ -162,7 +162,7 @@ CASES: tuple[tuple[str, tuple[int, ...], dict[str, object]], ...] = (
     ("bounded gate", (1, 300, 4, 4, 128, 128), {"gate": "bounded"}),
     ("packed, grouped values", (1, 300, 2, 4, 128, 128), {"bounds": [0, 1, 1, 64, 129, 300]}),
     ("1000 tiny sequences", (1, 2500, 2, 2, 128, 128), {"bounds": tiny_bounds(1000, 2500)}),
-    ("K = V = 64", (1, 200, 4, 4, 64, 64), {}),
+    ("K = V = 64", (1, 200, 16, 16, 64, 64), {}),
     ("K = V = 256", (1, 200, 2, 2, 256, 256), {}),
     ("K = 80, V = 48", (1, 130, 2, 2, 80, 48), {"dtype": torch.float32}),
     ("K = V = 128", (1, 130, 2, 2, 128, 128), {"dtype": torch.float32}),
