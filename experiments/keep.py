@@ -1,8 +1,8 @@
 """Copies of a sweep what its figures and its report are drawn from, small enough to be committed.
 
-python experiments/lengths_cpu/keep.py RUNS OUT leaves out checkpoints and TensorBoard files, metrics that no
-figure shows, digits beyond the fifth, and sample rollouts between the first and the last evaluation.
-`rlscale plot OUT` and `rlscale report OUT` then draw what they would draw of RUNS.
+python experiments/keep.py RUNS OUT leaves out checkpoints and TensorBoard files, metrics that no figure
+shows, digits beyond the fifth, and sample rollouts between the first and the last evaluation. `rlscale plot
+OUT` and `rlscale report OUT` then draw what they would draw of RUNS.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ SHOWN = (
 
 
 def keep(runs: Path, out: Path) -> None:
-    """Writes the small copy of every finished run at or below `runs` into `out`, under its folder's name."""
-    for run in (run for run in find_runs([runs]) if run.state == "finished"):
+    """Writes the small copy of every run at or below `runs` that was evaluated, finished or cut short, into
+    `out`, under its folder's name."""
+    for run in (run for run in find_runs([runs]) if run.evaluations):
         folder = out / run.path.name
         folder.mkdir(parents=True)
         for name in (CONFIG, STATUS, WARM_START):
-            shutil.copyfile(run.path / name, folder / name)
+            if (run.path / name).exists():
+                shutil.copyfile(run.path / name, folder / name)
         samples = read_samples(run.path)
         ends = {samples[0]["step"], samples[-1]["step"]}
         for name, records in (
