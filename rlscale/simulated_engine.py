@@ -210,14 +210,13 @@ class Engine:
             began=self._pool.clock(),
             settled=self._pool.clock(),
             completions=n,
-            steps=self._running[0][0] - self._depth,
+            steps=0,
             first_s=wake_s + step_s + self._reading_s(begun, step_s),
             step_s=step_s + n * speed.context_token_s,
             rise=n * speed.context_token_s,
         )
         self._again.clear()
-        steps = self._stretch.steps
-        self._stretch.steps = 0
+        steps = self._running[0][0] - self._depth
         self._end_at(min(steps, self._steps_of_slice(self._stretch)) if self._ended else steps)
 
     def _reading_s(self, begun: Sequence[Draft], step_s: float) -> float:

@@ -109,7 +109,7 @@ class Job:
         max_num_seqs: that an engine takes at the same time.
         cache_bytes: of an engine; None fills what its weights leave of the device.
         micro_batch_tokens, checkpointing: as `learner.*`.
-        slice_s, reads_apart: of its engines, see `rlscale.simulation.SimulatedEngines`.
+        slice_s, reads_apart: of its engines, see `rlscale.simulated_engine.SimulatedEngines`.
     """
 
     model: KimiLinearConfig
