@@ -349,7 +349,7 @@ def chunk_kda(
     lower_bound: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`kimi_linear.ops.chunk_kda` (arXiv:2510.26692, appendix C) in two launches, and gradients in four.
+    """`kimi_linear.ops.chunk_kda` (arXiv:2510.26692, appendix C) in two launches, and gradients in three.
 
     Arguments and results are the dispatcher's, which checks their shapes. Sums have a fixed order, so equal
     inputs give equal bits, gradients included. Nothing waits for the device.
