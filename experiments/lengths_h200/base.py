@@ -27,7 +27,7 @@ class TimeOver(Exception):
 
 
 def main(
-    architecture: Annotated[str, typer.Argument(help="hybrid, mla or hybrid_NtoM.")],
+    architecture: Annotated[Architecture, typer.Argument(help="As `architecture` of a run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
     preset: Annotated[str, typer.Option(help="Shape of the hybrid.")] = "small",
     length: Annotated[int, typer.Option(help="Required length of the answers, in tokens.")] = 256,
@@ -38,9 +38,8 @@ def main(
 ) -> None:
     """Train, and leave a checkpoint in the released format with the curve of pass rates beside it."""
     shape = ModelConfig.model_validate({"preset": preset, "dtype": "bfloat16"})
-    kind: Architecture = architecture  # type: ignore[assignment]  # checked by model_config
     on_gpu = torch.cuda.is_available()
-    spec = LearnerSpec(model_config(shape, kind), torch.bfloat16 if on_gpu else torch.float32)
+    spec = LearnerSpec(model_config(shape, architecture), torch.bfloat16 if on_gpu else torch.float32)
     learner = spec.build(LearnerConfig(num_gpus=int(on_gpu)), GRPOConfig(), seed=0)
     tokenizer, task = build_tokenizer(), make_task("countdown", length, {})
     config = WarmStartConfig(
