@@ -89,7 +89,7 @@ def draw_steps(panels: list[Axes], tasks: list[str], found: Best, length: int) -
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="cpu or h100: which results.")],
+    name: Annotated[str, typer.Argument(help="cpu or h200: which results.")],
     folder: Annotated[Path, typer.Option(help="Where they are, and where figures go.")] = HERE,
 ) -> None:
     """Draw peak accuracy against length and accuracy against steps."""
