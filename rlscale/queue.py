@@ -1,10 +1,10 @@
 """A queue of runs over whatever CPUs and GPUs the cluster has free.
 
 A *lane* is a set of workers that trains one run after another: runs that differ in task, length, budget or
-seed alone share it, because an engine takes most of a minute to start. Lanes open as long as the cluster has
-room for one more and runs wait for it, and close when no waiting run fits them. A run whose workers died,
-their machine lost for example, goes back to the end of the queue and continues from its newest checkpoint on
-new ones.
+seed alone share it, unless they start from different checkpoints, because an engine takes most of a minute to
+start. Lanes open as long as the cluster has room for one more and runs wait for it, and close when no waiting
+run fits them. A run whose workers died, their machine lost for example, goes back to the end of the queue and
+continues from its newest checkpoint on new ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Cell:
     @property
     def lane(self) -> str:
         """Cells of equal `lane` can use the same workers: these depend on nothing else that a grid varies."""
-        return self.config.architecture
+        return f"{self.config.architecture} {self.config.model.checkpoint or ''}"
 
     @property
     def shared_warm_start(self) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from kimi_linear.config import preset
 from rlscale import queue
-from rlscale.config import EarlyStopConfig, RunConfig, parse_config
+from rlscale.config import EarlyStopConfig, ModelConfig, RunConfig, parse_config
 from rlscale.errors import UserError
 from rlscale.lengths import SequenceLengths
 from rlscale.models import tokenizer_for
@@ -74,3 +74,12 @@ def test_engines_that_runs_of_a_sweep_share_hold_the_longest_of_them(tmp_path: P
     waiting = queue._Queue(cells, retries=0, early_stop=EarlyStopConfig(), wait=0)
     assert waiting.contexts == {cells[0].lane: 90, cells[2].lane: 50}
     assert dataclasses.replace(cells[0]).again().context == 30
+
+
+def test_runs_of_a_sweep_that_start_from_different_checkpoints_share_no_workers(tmp_path: Path) -> None:
+    config = run_config()
+    lanes = {
+        Cell(config.model_copy(update={"model": ModelConfig(checkpoint=path)}), tmp_path, 30).lane
+        for path in (None, tmp_path / "a", tmp_path / "b", tmp_path / "a")
+    }
+    assert len(lanes) == 3
