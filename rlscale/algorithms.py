@@ -61,6 +61,9 @@ class SelectionConfig(Section):
     overlong_buffer: float = Field(0.0, ge=0, lt=1)
     """Last fraction of the budget in which the reward falls linearly, by 1 at the budget's end (soft overlong
     punishment, arXiv:2503.14476, eq. 13). No completion of the required length is punished."""
+    after_error: Literal["keep", "drop"] = "keep"
+    """Tokens after a completion's first error, which its reward no longer depends on: the policy gradient is
+    the same on average without them, and less noisy. drop: they are not trained on."""
 
 
 class InterruptionConfig(Section):

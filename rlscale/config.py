@@ -318,6 +318,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _errors_settle_a_reward_of_the_task_alone(self) -> RunConfig:
+        selection = self.algorithm.selection
+        if selection.after_error == "drop" and (
+            self.task.reward_function or selection.overlong_buffer or self.end_of_thought
+        ):
+            raise ValueError(
+                "algorithm.selection.after_error=drop needs rewards that a completion's first error settles: "
+                "set it to keep, or task.reward_function to null, algorithm.selection.overlong_buffer and "
+                "algorithm.interruption.answer_tokens to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engines_that_sleep_have_nothing_to_do(self) -> RunConfig:
         if self.rollout.sleep_level and not isinstance(self.mode, SynchronousConfig):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
@@ -157,6 +158,35 @@ def _columns(
         "answer": [problem.answer] * n,
         "required_length": [problem.required_length] * n,
     }
+
+
+def until_settled(group: ScoredGroup, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Rollout]:
+    """The group's rollouts without the tokens after their first error; see `Task.settled`."""
+    shortened = []
+    for rollout, text in zip(group.rollouts, group.texts, strict=True):
+        characters, completion = task.settled(group.prompt.problem, text), rollout.completion
+        if characters < len(text):
+            tokens = _tokens_of(tokenizer, completion.token_ids, characters)
+            completion = replace(
+                completion,
+                token_ids=completion.token_ids[:tokens],
+                logprobs=completion.logprobs[:tokens],
+                weight_versions=completion.weight_versions[:tokens],
+                finish_reason="length",
+            )
+        shortened.append(replace(rollout, completion=completion))
+    return shortened
+
+
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], characters: int) -> int:
+    """The fewest tokens whose text has so many characters."""
+
+    def suffices(tokens: int) -> bool:
+        return len(decode_completion(tokenizer, token_ids[:tokens])) >= characters
+
+    if suffices(characters) and not suffices(characters - 1):  # where a character is a token
+        return characters
+    return bisect_left(range(len(token_ids)), True, key=suffices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from rlscale.bubbles import StepWatch
 from rlscale.colocation import Trains
 from rlscale.config import LearnerConfig, RunConfig
 from rlscale.errors import UserError
-from rlscale.experience import Scorer, TrainingPrompts, evaluate
+from rlscale.experience import Scorer, TrainingPrompts, evaluate, until_settled
 from rlscale.flops import step_flops
 from rlscale.learner.advantages import assign_advantages
 from rlscale.learner.examples import ptx_batches
@@ -117,7 +117,11 @@ def train(
                 experience = source.next_batch()
                 watch.lap("batch_wait_s")
                 assign_advantages(experience.rollouts, config.algorithm)
-                batch = Batch(experience.rollouts, config.rollout.temperature, imitated(step))
+                learned_from = experience.rollouts
+                if selected.after_error == "drop":
+                    groups = (until_settled(group, task, tokenizer) for group in experience.groups)
+                    learned_from = [rollout for group in groups for rollout in group]
+                batch = Batch(learned_from, config.rollout.temperature, imitated(step))
                 trained = learner.train_step(batch.rollouts, batch.temperature, batch.examples)
                 watch.lap("learner_s")
                 metrics = staleness_metrics(experience.rollouts, synced.version)
@@ -131,7 +135,7 @@ def train(
                 metrics |= {"generated_tokens": generated_tokens, "wall_s": wall_s}
                 metrics |= {"cache_bytes_per_sequence": rollouts.cache_bytes(experience.longest_sequence)}
                 metrics |= {"rollout_peak_gib": rollouts.peak_bytes() / GIB}
-                metrics |= step_flops(model, experience.rollouts)
+                metrics |= step_flops(model, experience.rollouts, batch.rollouts)
                 run.log_metrics(step, metrics)
                 if trained["skipped_steps"] >= config.learner.max_skipped_steps:
                     raise _keep_for_replay(run, step, learner, batch, config.learner)

@@ -93,18 +93,25 @@ class Task(ABC):
             return 1.0
         if shaping == "exact":
             return 0.0
-        right = 0
-        for given, expected in zip(completion, problem.answer, strict=False):
-            if given != expected:
-                break
-            right += 1
-        return min(right, len(problem.answer) - 1) / len(problem.answer)
+        return min(_right(problem, completion), len(problem.answer) - 1) / len(problem.answer)
+
+    def settled(self, problem: Problem, completion: str) -> int:
+        """Characters of a completion up to its first error, that included: its score is the same whatever
+        follows them. All of them where there is no error in it."""
+        return min(_right(problem, completion) + 1, len(completion))
 
     def _generator(self, split: Split, key: int) -> np.random.Generator:
         # Python's hash() differs between processes; SHA-256 of a canonical text does not.
         identity = [self.name, self.options.model_dump(mode="json"), self.required_length, split, key]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def _right(problem: Problem, completion: str) -> int:
+    """Characters before the first error."""
+    pairs = enumerate(zip(completion, problem.answer, strict=False))
+    shorter = min(len(completion), len(problem.answer))
+    return next((place for place, (given, expected) in pairs if given != expected), shorter)
 
 
 def split_of(prompt: str) -> Split:

@@ -113,7 +113,12 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
         (
             RunConfig,
             "algorithm: {kind: dapo, selection: {drop: 1}}",
-            r"'algorithm\.selection\.drop': known here are equal_rewards, max_draws, overlong",
+            r"'algorithm\.selection\.drop': known here are after_error, equal_rewards, max_draws",
+        ),
+        (
+            RunConfig,
+            "algorithm: {kind: dapo, selection: {after_error: drop, overlong_buffer: 0.1}}",
+            r"after_error=drop needs rewards that a completion's first error settles",
         ),
         (
             RunConfig,

@@ -14,7 +14,7 @@ from local_pool import LocalPool
 
 from rlscale.config import ModelConfig, RunConfig, parse_config
 from rlscale.errors import UserError
-from rlscale.experience import Prompt, ScoredGroup, Scorer, TrainingPrompts
+from rlscale.experience import Prompt, ScoredGroup, Scorer, TrainingPrompts, until_settled
 from rlscale.learner.learner import Learner, LearnerSpec
 from rlscale.loop import train
 from rlscale.models import interruption_of, model_config, tokenizer_for
@@ -249,6 +249,48 @@ def test_overlong_answers_earn_less_and_answers_after_a_thought_count() -> None:
     # 15 tokens in a budget of 20, of which the last 10 cost up to 1.
     assert scored("xyz</think>cba", end_of_thought="</think>", budget=20, overlong_buffer=0.5) == (0.5, True)
     assert scored("cba", budget=4, overlong_buffer=0.5) == (1.0, True)
+
+
+class Words:
+    """A tokenizer of two characters a token."""
+
+    eos_token_id = 999
+
+    def decode(self, ids: Sequence[int], **_: bool) -> str:
+        return "".join(chr(97 + token // 26) + chr(97 + token % 26) for token in ids)
+
+
+@pytest.mark.parametrize("of_words", [False, True])
+def test_tokens_after_the_first_error_are_cut_off(of_words: bool) -> None:
+    tokenizer: Any = Words() if of_words else tokenizer_for(settings().model)
+    task = make_task("reversal", 4, {})
+    problem = dataclasses.replace(task.problem("train", 0), prompt="abcd=", answer="dcba")
+    for text, characters in {"dcba": 4, "dc": 2, "dccbaa": 3, "abcd": 1, "dcbaaa": 5}.items():
+        if of_words:
+            ids = [26 * (ord(a) - 97) + ord(b) - 97 for a, b in zip(text[::2], text[1::2], strict=True)]
+        else:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+        whole = Completion(
+            [*ids, tokenizer.eos_token_id], [-0.1] * len(ids) + [0.0], [0] * len(ids) + [1], "stop"
+        )
+        group = Scorer(task, tokenizer, "prefix").score(Prompt(7, problem, [5]), [whole])
+        [rollout] = until_settled(group, task, tokenizer)
+        tokens = len(ids) + 1 if text in ("dcba", "dc") else -(-characters // (1 + of_words))
+        assert rollout.completion.token_ids == whole.token_ids[:tokens]
+        assert rollout.completion.logprobs == whole.logprobs[:tokens]
+        assert rollout.completion.weight_versions == whole.weight_versions[:tokens]
+        assert rollout.reward == group.rollouts[0].reward
+
+
+def test_a_run_that_drops_what_follows_errors_trains_on_fewer_tokens(tmp_path: Path) -> None:
+    tokens = {}
+    for choice in ("keep", "drop"):
+        config = settings(steps=1, algorithm={"selection": {"after_error": choice}})
+        with RunFolder.create(tmp_path / choice, config) as folder:
+            [_, step] = run(config, folder)
+        tokens[choice] = step["tokens"], step["generated_tokens"]
+    assert tokens["drop"][0] < tokens["keep"][0]
+    assert tokens["drop"][1] == tokens["keep"][1]
 
 
 def test_no_problem_is_drawn_twice_in_a_run_nor_by_two_seeds() -> None:

@@ -200,6 +200,19 @@ def test_prefix_reward_counts_up_to_the_first_error(right, tail):
     assert task.score(problem, problem.answer + "x" + tail, "prefix") == 9 / 10
 
 
+@pytest.mark.parametrize("name", ["reversal", "countdown"])
+@given(st.integers(0, 15), st.text("abc012", max_size=9))
+def test_what_follows_the_first_error_changes_no_score(name, right, tail):
+    task = make_task(name, 16, {})
+    problem = task.problem("train", 0)
+    settled = problem.answer[:right] + "x"
+    assert task.settled(problem, settled + tail) == right + 1
+    assert task.score(problem, settled + tail, "prefix") == task.score(problem, settled, "prefix")
+    for rightly in (problem.answer, problem.answer[:right]):
+        assert task.settled(problem, rightly) == len(rightly)
+    assert task.settled(problem, problem.answer + tail) == 16 + bool(tail)
+
+
 @pytest.mark.parametrize(
     ("name", "length", "options", "message"),
     [
