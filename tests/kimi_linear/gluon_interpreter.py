@@ -140,6 +140,9 @@ class Shared:
         assert start % length == 0, "Gluon takes aligned slices only"
         return Shared(self.data.narrow(dim, start, length))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> "Shared":
+        return Shared(self.data.view(dtype).view(shape))
+
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.data.permute(order))
 

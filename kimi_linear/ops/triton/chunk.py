@@ -258,7 +258,9 @@ class ChunkKDA(torch.autograd.Function):
         prepared = Prepared(*prepared)
         states = new(state_shape, dtype=p.operand, device=v.device)
         deltas = new(value_shape, dtype=p.operand, device=v.device)
-        delta_rest = None if prepared.inverse_rest is None else torch.empty_like(deltas)
+        delta_rest = None
+        if prepared.inverse_rest is not None:
+            delta_rest = new(value_shape, dtype=p.operand, device=v.device)
         scan_forward(p, prepared, v, None, initial_state, None, states, deltas, delta_rest)
 
         state_grads = new(state_shape, dtype=p.operand, device=v.device)
@@ -275,8 +277,6 @@ class ChunkKDA(torch.autograd.Function):
             **p.sizes,
             **options,
         )  # fmt: skip
-        # The gradients below may take the memory of what only the scans needed.
-        del delta_rest
 
         groups = p.value_heads // p.heads
         per_head = (*q.shape[:2], p.value_heads, p.key_dim)
@@ -287,7 +287,7 @@ class ChunkKDA(torch.autograd.Function):
         bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
         rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
         arguments = (
-            q, k, g, a_log, dt_bias, do, states, deltas, state_grads, error_grads, beta_parts,
+            q, k, g, a_log, dt_bias, do, states, deltas, delta_rest, state_grads, error_grads, beta_parts,
             prepared.scales, dq, dk, dv, dg, dbeta, bias_parts, rate_parts, p.table, p.cu_seqlens, p.tokens,
             p.sequences, slices, p.scale, p.lower_bound,
         )  # fmt: skip

@@ -103,6 +103,7 @@ def gradient_kernel(
     do,
     states,
     deltas,
+    delta_rest,
     state_grads,
     error_grads,
     beta_parts,
@@ -341,6 +342,11 @@ def gradient_kernel(
             to_q2 = tl.dot(output_grad, tl.trans(state), acc=to_q2, input_precision=PRECISION)
             to_row2 = tl.dot(recall_grad, tl.trans(state), acc=to_row2, input_precision=PRECISION)
             to_column2 = tl.dot(delta, tl.trans(state_grad), acc=to_column2, input_precision=PRECISION)
+            if delta_rest is not None:
+                # Nearly equal keys write differences, a small rest of which a lasting memory keeps: rounded,
+                # delta would leave most of the error of g's gradient, which adds them up.
+                rest = tl.load(delta_rest + packed + n[:, None] * VP + vv[None, :])
+                to_column2 = tl.dot(rest, tl.trans(state_grad), acc=to_column2, input_precision=PRECISION)
             through += tl.sum(state.to(tl.float32) * state_grad.to(tl.float32), axis=1)
         d = before * offset_before
         to_q = tl.permute(tl.reshape(to_q2, [S, A, BK]), (1, 0, 2)) * d

@@ -186,6 +186,7 @@ def gradient_hopper_kernel(
     do,
     states,
     deltas,
+    delta_rest,
     state_grads,
     error_grads,
     beta_parts,
@@ -232,6 +233,7 @@ def gradient_hopper_kernel(
     states += block * (K * V)
     state_grads += block * (K * V)
     deltas += block * (C * V)
+    delta_rest += block * (C * V)
     error_grads += block * (C * V)
     scales += block * (3 * C)
 
@@ -340,8 +342,6 @@ def gradient_hopper_kernel(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     column_slots = gl.allocate_shared_memory(gl.bfloat16, [C, 16], PLAIN)
-    query_slots = gl.allocate_shared_memory(gl.bfloat16, [C, 16], PLAIN)
-    row_slots = gl.allocate_shared_memory(gl.bfloat16, [C, 16], PLAIN)
     total_slots = gl.allocate_shared_memory(gl.float32, [C], LINE)
     row_slots_sum = gl.allocate_shared_memory(gl.float32, [C], LINE)
     column_slots_sum = gl.allocate_shared_memory(gl.float32, [C], LINE)
@@ -371,7 +371,14 @@ def gradient_hopper_kernel(
     state_at = (2 * (state_row % 8) + state_row // 8) * V + gl.arange(0, V, gl.SliceLayout(0, STATE))[None, :]
     state_slots = gl.allocate_shared_memory(gl.bfloat16, [16, V], ROWS)
     state_grad_slots = gl.allocate_shared_memory(gl.bfloat16, [16, V], ROWS)
+    # Where the squares were; with it two programs still share a multiprocessor.
+    rest = gl.allocate_shared_memory(gl.bfloat16, [V // 32, C, 32], VALUES)
+    REST: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    rest_at = gl.arange(0, C, gl.SliceLayout(1, REST))[:, None] * V
+    rest_at += gl.arange(0, 32, gl.SliceLayout(0, REST))[None, :]
     barrier()
+    for index in gl.static_range(V // 32):
+        async_copy.async_copy_global_to_shared(rest.index(index), delta_rest + rest_at + 32 * index)
     async_copy.async_copy_global_to_shared(state_slots, states + state_at)
     async_copy.async_copy_global_to_shared(state_grad_slots, state_grads + state_at)
     async_copy.commit_group()
@@ -427,6 +434,9 @@ def gradient_hopper_kernel(
             total = total * other
 
         whole = gl.reduce(total, 2, keep)
+        # A tile's own place is free between its inputs and its gradients.
+        query_slots = q_slots.index(tile)._reinterpret(gl.bfloat16, [C, 16], ROWS)
+        row_slots = k_slots.index(tile)._reinterpret(gl.bfloat16, [C, 16], ROWS)
         column_slots.store(gl.reshape((k_tile * after).to(gl.bfloat16), [C, 16]))
         query_slots.store(gl.reshape((q_tile * before).to(gl.bfloat16), [C, 16]))
         row_slots.store(gl.reshape((k_tile * before).to(gl.bfloat16), [C, 16]))
@@ -477,6 +487,7 @@ def gradient_hopper_kernel(
             through_q = mma_v2(state, load_values(output_grad, index), through_q)
             through_row = mma_v2(state, load_values(error_grad, index), through_row)
             state = load_state(state_grad_slots, index, state_like)
+            through_column = mma_v2(state, load_values(rest, index), through_column)
             through_column = mma_v2(state, load_values(delta, index), through_column)
         product = state_slots.load(STATE).to(gl.float32) * state_grad_slots.load(STATE).to(gl.float32)
         passed = gl.convert_layout(gl.sum(product, axis=1), CHANNELS)[None, :, None]
