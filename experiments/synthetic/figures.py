@@ -77,8 +77,10 @@ def draw_lengths(panels: list[Axes], tasks: list[str], found: Best) -> None:
         panel.set_xlabel("sequence length (tokens)")
 
 
-def draw_steps(panels: list[Axes], tasks: list[str], found: Best, length: int) -> None:
+def draw_steps(panels: list[Axes], tasks: list[str], found: Best) -> None:
     for panel, task in zip(panels, tasks, strict=True):
+        lengths = {length for other, _, length in found if other == task}
+        length = CONVERGENCE_LENGTH if CONVERGENCE_LENGTH in lengths else max(lengths)
         for architecture, look in LOOKS.items():
             for record in found.get((task, architecture, length), []):
                 steps, accuracies = zip(*((look[0], look[1]) for look in record["curve"]), strict=True)
@@ -89,23 +91,20 @@ def draw_steps(panels: list[Axes], tasks: list[str], found: Best, length: int) -
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="cpu or h200: which results.")],
+    name: Annotated[str, typer.Argument(help="cpu or gpu: which results.")],
     folder: Annotated[Path, typer.Option(help="Where they are, and where figures go.")] = HERE,
 ) -> None:
     """Draw peak accuracy against length and accuracy against steps."""
     text = (folder / "results" / f"{name}.jsonl").read_text()
     found = best([json.loads(line) for line in text.splitlines()])
     tasks = [task for task in TITLES if any(task == cell[0] for cell in found)]
-    longest = max(length for _, _, length in found)
     with style():
         for kind in ("length", "steps"):
             figure, [panels] = new_figure(1, len(tasks))
             if kind == "length":
                 draw_lengths(panels, tasks, found)
             else:
-                draw_steps(
-                    panels, tasks, found, CONVERGENCE_LENGTH if longest >= CONVERGENCE_LENGTH else longest
-                )
+                draw_steps(panels, tasks, found)
             for panel, task in zip(panels, tasks, strict=True):
                 panel.axhline(1 / 26, color=GREY, lw=0.8, ls=":")
                 panel.set_ylim(-0.02, 1.04)

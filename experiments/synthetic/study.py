@@ -1,7 +1,7 @@
 """Kimi Linear's synthetic tests (arXiv:2510.26692, section 5.1) for KDA, Gated DeltaNet and full MLA.
 
     python experiments/synthetic/study.py experiments/synthetic/cpu.yaml --workers 2
-    python experiments/synthetic/study.py experiments/synthetic/h200.yaml --minutes 6
+    python experiments/synthetic/study.py experiments/synthetic/gpu.yaml --minutes 6
 
 Every cell of the grid adds a line to results/NAME.jsonl when it is done. The same command goes on where an
 earlier one was stopped: what is in the file is not run again, and a cell cut short by --minutes continues
@@ -321,9 +321,7 @@ def unfinished_first(config: StudyConfig, out: Path) -> list[Cell]:
 
 
 def main(
-    config_file: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="cpu.yaml or h200.yaml, or your own.")
-    ],
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="cpu.yaml or gpu.yaml, or your own.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread.")] = 1,
     minutes: Annotated[float, typer.Option(min=0, help="Stop then; 0 never.")] = 0,

@@ -1,0 +1,116 @@
+"""The policies that the runs of lengths_h100.yaml and hybrid_ratio.yaml start from, one for each length.
+
+    python experiments/lengths_h100/base.py hybrid 1024 -o runs/countdown_base/hybrid_1024
+
+Supervised training from random weights on countdowns of 256 tokens, then of twice as many, up to the length
+asked for; each time until the policy is sometimes right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from rlscale.config import Architecture, LearnerConfig, ModelConfig
+from rlscale.learner.examples import Solutions, encode_example
+from rlscale.learner.learner import LearnerSpec
+from rlscale.learner.logprobs import token_logprobs
+from rlscale.learner.optimizer import Optimizer
+from rlscale.learner.packing import MicroBatch, examples_as_rollouts, pack
+from rlscale.models import model_config
+from rlscale.runs.files import write_json
+from rlscale.tasks import build_tokenizer, make_task
+from rlscale.types import Example
+
+LOOKED_AT = 32  # validation problems behind a pass rate
+
+
+def main(
+    architecture: Annotated[Architecture, typer.Argument(help="As `architecture` of a run.")],
+    length: Annotated[int, typer.Argument(help="Required length of the answers, in tokens.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
+    preset: Annotated[str, typer.Option(help="Shape of the hybrid.")] = "small",
+    first: Annotated[int, typer.Option(help="Length to begin with.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step, about.")] = 16384,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    target: Annotated[float, typer.Option(help="Pass rate to stop at.")] = 0.25,
+    every: Annotated[int, typer.Option(help="Steps between two looks at the pass rate.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Save what there is after so many.")] = 600,
+) -> None:
+    """Train, and leave a checkpoint in the released format with the curve of pass rates beside it."""
+    started = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = ModelConfig.model_validate({"preset": preset, "dtype": "bfloat16"})
+    model = LearnerSpec(model_config(shape, architecture), dtype).policy(seed=0).to(device).train()
+    optimizer = Optimizer(model.named_parameters(), LearnerConfig(learning_rate=rate, warmup_steps=20))
+    tokenizer = build_tokenizer()
+
+    def logprobs(batch: MicroBatch) -> torch.Tensor:
+        batch = batch.to(device)
+        hidden = model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens, batch.sequence_lengths)
+        return token_logprobs(hidden[batch.predictors], model.lm_head.weight, batch.targets)[0]
+
+    def packed(examples: Sequence[Example]) -> list[MicroBatch]:
+        return pack(examples_as_rollouts(examples), max(tokens, 2 * length))
+
+    @torch.no_grad()
+    def pass_rate(examples: Sequence[Example]) -> float:
+        """The mean probability that a sample at temperature 1 is the answer."""
+        whole = [
+            part.double().sum().exp()
+            for batch in packed(examples)
+            for part in logprobs(batch).split(batch.lengths.tolist())
+        ]
+        return float(torch.stack(whole).mean())
+
+    curve: list[tuple[int, int, float, float]] = []
+    step = 0
+    for now in lengths(first, length):
+        task = make_task("countdown", now, {})
+        solutions = Solutions(task, tokenizer, seed=now)
+        problems = [task.problem("validation", key) for key in range(LOOKED_AT)]
+        held_out = [encode_example(tokenizer, problem.prompt, problem.answer) for problem in problems]
+        batch_size = max(1, tokens // now)
+        begun = step
+        while True:
+            if (step - begun) % every == 0:
+                curve.append((now, step, pass_rate(held_out), round(time.perf_counter() - started, 2)))
+                print(architecture, *curve[-1], flush=True)
+                if curve[-1][2] >= target or curve[-1][3] >= seconds:
+                    break
+            place = (step - begun) * batch_size
+            examples = [solutions.at(place + i) for i in range(batch_size)]
+            total = sum(len(example.completion_ids) for example in examples)
+            loss = torch.zeros((), device=device)
+            for batch in packed(examples):
+                part = -logprobs(batch).sum() / total
+                part.backward()
+                loss += part.detach()
+            step += 1
+            optimizer.step(optimizer.learning_rate(step), loss)
+            optimizer.zero_grad()
+        if curve[-1][3] >= seconds:
+            print(f"{architecture}, {length}: time is over at {now} tokens", flush=True)
+            break
+    output.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    write_json(output / "base.json", {"tokens": tokens, "rate": rate, "target": target, "curve": curve})
+
+
+def lengths(first: int, last: int) -> Iterator[int]:
+    """From `first` by doubling to `last`, which need not be among the doubles."""
+    while first < last:
+        yield first
+        first *= 2
+    yield last
+
+
+if __name__ == "__main__":
+    typer.run(main)
