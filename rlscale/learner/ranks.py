@@ -1,7 +1,8 @@
 """The learner's model over several processes: sharded by FSDP2, its gradient the sum over all of them.
 
 Each rank computes on its share of the sequences and holds its shard of weights and optimizer state. What
-leaves the learner (published weights, checkpoints) is gathered tensor by tensor and knows nothing of ranks.
+leaves the learner (published weights, checkpoints) is gathered a bucket of tensors at a time and knows
+nothing of ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from kimi_linear.checkpoint import load_released_tensors, released_tensors
 from kimi_linear.model import KimiLinearForCausalLM
@@ -24,6 +25,9 @@ from rlscale.learner.metrics import Metrics
 
 # A rank that waits this long for another gives up, should the other hang without dying.
 _TIMEOUT = timedelta(minutes=30)
+
+_BUCKET_BYTES = 256 << 20
+"""Of whole tensors in one message: a message for each of a hundred tensors costs more than their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +101,76 @@ def sharded_like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
+@torch.no_grad()
+def wholes(
+    tensors: Mapping[str, torch.Tensor], bucket_bytes: int = _BUCKET_BYTES
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`whole` of each tensor, in order; shards of several travel in one message.
+
+    Args:
+        bucket_bytes: of whole tensors in a message; a larger tensor has one of its own.
+    """
+    bucket: dict[str, DTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        by_rows = isinstance(tensor, DTensor) and tensor.placements == (Shard(0),)
+        if bucket and (not by_rows or size + tensor.nbytes > bucket_bytes):
+            yield from _gather(bucket)
+            bucket, size = {}, 0
+        if isinstance(tensor, DTensor) and by_rows:
+            bucket[name] = tensor
+            size += tensor.nbytes
+        else:
+            yield name, whole(tensor).detach()
+    if bucket:
+        yield from _gather(bucket)
+
+
+def _gather(bucket: Mapping[str, DTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors cut along their rows, a rank's shard of all of them beside another's in one message.
+
+    Rows that do not divide evenly leave the last ranks fewer of them: those send padding.
+    """
+    mesh = next(iter(bucket.values())).device_mesh
+    local = [tensor.to_local() for tensor in bucket.values()]
+    rows = [-(-tensor.shape[0] // mesh.size()) for tensor in bucket.values()]
+    shards = []
+    for shard, most in zip(local, rows, strict=True):
+        if shard.shape[0] < most:
+            shard = torch.cat([shard, shard.new_zeros(most - shard.shape[0], *shard.shape[1:])])
+        shards.append(_bytes(shard))
+    sent = torch.cat(shards)
+    received = sent.new_empty(mesh.size() * sent.numel())
+    dist.all_gather_into_tensor(received, sent, group=mesh.get_group())
+    # As FSDP2 does for its own: a copy out of the message into all tensors by few kernels.
+    padded = [
+        shard.new_empty(mesh.size() * most, *shard.shape[1:]) for shard, most in zip(local, rows, strict=True)
+    ]
+    torch.split_with_sizes_copy(
+        received.view(mesh.size(), -1),
+        [shard.numel() for shard in shards],
+        dim=1,
+        out=[_bytes(tensor).view(mesh.size(), -1) for tensor in padded],
+    )
+    for (name, tensor), rows_of_all in zip(bucket.items(), padded, strict=True):
+        yield name, rows_of_all[: tensor.shape[0]]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's contents, [bytes] uint8."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
     """All tensors whole and on the CPU where `keep` says so, nothing elsewhere; on all ranks at once."""
-    kept = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor.detach())
-        if keep:
-            kept[name] = full.cpu().contiguous()
-    return kept
+    return {name: full.cpu().contiguous() for name, full in wholes(tensors) if keep}
 
 
 def released_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under their released names, one tensor of the model gathered at a time."""
-    for name, tensor in model.state_dict().items():
-        yield from released_tensors({name: whole(tensor.detach())})
+    """The weights under their released names, a bucket of the model's tensors gathered at a time."""
+    # Parameters as they are: to detach a sharded one takes the host longer than to gather it.
+    for name, tensor in wholes(model.state_dict(keep_vars=True)):
+        yield from released_tensors({name: tensor})
 
 
 def released_layout(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -119,7 +179,7 @@ def released_layout(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
         released_tensors(
             {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                for name, tensor in model.state_dict().items()
+                for name, tensor in model.state_dict(keep_vars=True).items()
             }
         )
     )

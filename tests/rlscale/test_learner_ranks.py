@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_learner import draw_rollouts, learner, shape, weights
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import KimiLinearConfig
 
 from rlscale.algorithms import AlgorithmConfig, GRPOConfig, MirrorDescentConfig
@@ -23,7 +25,7 @@ from rlscale.learner.actor import LearnerGroup
 from rlscale.learner.learner import Learner, LearnerSpec
 from rlscale.learner.optimizer import Optimizer
 from rlscale.learner.packing import pack_share, share
-from rlscale.learner.ranks import Ranks, free_address, whole
+from rlscale.learner.ranks import Ranks, free_address, whole, wholes
 from rlscale.types import Example
 from rlscale.weights.shared_memory import open_weights
 
@@ -119,6 +121,28 @@ def one_rank_of_two(rank: int, address: str, seed: int, folder: Path) -> None:
         seen = record(ours, seed, 1, None)
         if rank == 0:
             save_file(seen, folder / case / "resumed.safetensors")
+    check_wholes(rank)
+
+
+def check_wholes(rank: int) -> None:
+    """Whatever the sizes of tensors and buckets, what is gathered is what was cut."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    kinds = (torch.float32, torch.bfloat16, torch.float64)
+    expected = {
+        str(i): torch.arange(rows * 3).view(rows, 3).to(kinds[i % 3])
+        for i, rows in enumerate((4, 1, 5, 2, 7))
+    }
+    cut = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in expected.items()}
+    rows = {name: tensor.to_local().shape[0] for name, tensor in cut.items()}
+    assert rows == dict(zip("01234", ((2, 1, 3, 1, 4), (2, 0, 2, 1, 3))[rank], strict=True))
+    mixed = {"plain": torch.ones(2), **cut, "columns": distribute_tensor(torch.eye(4), mesh, [Shard(1)])}
+    for bucket_bytes in (1, 50, 1 << 20):
+        found = list(wholes(mixed, bucket_bytes))
+        assert [name for name, _ in found] == list(mixed)
+        for name, tensor in found:
+            wanted = {**expected, "plain": torch.ones(2), "columns": torch.eye(4)}[name]
+            assert type(tensor) is torch.Tensor
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
