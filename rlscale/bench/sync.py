@@ -27,7 +27,7 @@ _CONTEXT = 64
 
 @dataclass(frozen=True, slots=True)
 class LearnerSide:
-    """A rank of the learner: random weights of a shape, changed a little before every version. Rank 0
+    """A rank of the learner: random weights of a shape, changed a little after every version. Rank 0
     publishes."""
 
     model: KimiLinearConfig
@@ -50,10 +50,11 @@ class LearnerSide:
             weights = released_weights(model)
             if not isinstance(asked, int):
                 channel.send(digests(weights, asked))
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(1e-3)
+                synchronize()  # that is no part of the next sync
                 continue
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(1e-3 * (asked + 1))
             if self.rank == 0:
                 channel.send(publisher.publish(weights, asked, layout=released_layout(model)))
             else:
