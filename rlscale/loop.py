@@ -9,7 +9,7 @@ the data alone, so a resumed run draws what an uninterrupted one would have draw
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +66,7 @@ def train(
     weights: WeightSynchronizer,
     run: RunFolder,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[StepReport]:
+) -> Generator[StepReport]:
     """Trains from the step after the run's newest checkpoint to `config.steps`; yields a report a step.
 
     When `stop()` says so at the end of a step, that step is saved and the last one.

@@ -1,34 +1,37 @@
 """One RL step on a host's GPUs: predicted by `rlscale plan`'s model, then measured, for both architectures.
 
-    python experiments/scaling_gpus/measure.py experiments/scaling_gpus/small.yaml --output FOLDER \
+    python experiments/scaling_gpus/measure.py experiments/scaling_gpus/eight_layers.yaml --output FOLDER \
         --layout 1 --layout 1+1
+    python experiments/scaling_gpus/measure.py CONFIG --layout 1 --layout 1+1 --gpu H200 \
+        --costs RESULTS.json --predict FILE
 
-A layout is a number of engines + a number of learner workers, a GPU each; `1` is one GPU that both share.
-For every layout and architecture:
+A layout is a number of engines + a number of learner workers, a GPU each; `1` is one GPU that both share, and
+must be among them. For both architectures:
 
-1. workers start, those of all layouts at the same time, and take a step that warms them up;
-2. short synchronous runs of other batches and budgets give costs (layout by layout, nothing else at work on
-   those GPUs);
-3. FOLDER/predictions.json is written: from these costs alone, for every run to come;
-4. those runs are made: with the config's prompts (fixed work) and with as many for each GPU, in every mode.
+1. workers start, those of all layouts at the same time, and take steps that warm them up;
+2. short synchronous runs of other batches and budgets on the shared GPU give costs;
+3. FOLDER/predictions.json is written: from these costs alone (and --costs, for what one GPU cannot tell), for
+   every run to come;
+4. those runs are made: with the config's prompts (fixed work) and with as many for each GPU, in every mode,
+   those wanted most first.
 
-FOLDER/results.json has both, written again after every run; FOLDER/runs the runs' folders. All layouts'
-engines and learners stay in memory until the end: `rollout.cache_gib` must leave room for those that share a
-GPU.
+FOLDER/results.json has both, written again after every run; FOLDER/runs the runs' folders. A layout's engines
+and learners stay in memory until its last run. With --predict nothing runs: predictions for the same runs are
+written from results that exist.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,18 +45,24 @@ from rlscale import cluster
 from rlscale.bench.results import device_name
 from rlscale.config import Architecture, AsynchronousConfig, RunConfig, load_config
 from rlscale.errors import UserError
+from rlscale.loop import train
 from rlscale.plan.cluster import Forecast, Split, forecast
 from rlscale.plan.hardware import DEVICES, Device, Efficiency, find_device
-from rlscale.plan.measurements import WARM_STEPS, read_measurements, run_lengths
+from rlscale.plan.lengths import FixedLengths
+from rlscale.plan.measurements import read_measurements
 from rlscale.plan.plan import make_job, modes_of, named_costs
 from rlscale.plan.validation import outcome, warm_steps
 from rlscale.runs.environment import environment
 from rlscale.runs.folder import RunFolder
 from rlscale.runs.reading import read_run
 from rlscale.sweep import check
+from rlscale.tasks import make_task
+from rlscale.weights.synchronizer import Synchronizer
 from rlscale.workers import Workers
 
 ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
+WARM_STEPS = 1
+"""Of each run, whose workers have made their buffers and compiled their kernels in runs before."""
 CALIBRATION_STEPS = WARM_STEPS + 3
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
 
@@ -120,7 +129,6 @@ class Workplace:
     folder: Path
     process: Any
     pipe: Connection
-    calibrations: list[Path] = field(default_factory=list)
     error: str = ""
 
     @property
@@ -150,7 +158,8 @@ class Workplace:
         return value
 
     def close(self) -> None:
-        if not self.error:
+        """Ends the process; calling it twice is harmless."""
+        if not self.error and self.process.is_alive():
             self.pipe.send(None)
         self.process.join(30)
         if self.process.is_alive():
@@ -170,6 +179,8 @@ def serve(config: RunConfig, pipe: Connection, starting: Any) -> None:
             cluster.reserve(Workers.bundles(config), timeout=120) as placement,
             Workers(config, placement, check(config)) as workers,
         ):
+            # Once for all runs: to draw a large model's weights takes longer than a short run.
+            workers.learner.start(config.learner, config.resolved_algorithm, config.seed)
             pipe.send((True, device_name()))
             while (order := pipe.recv()) is not None:
                 pipe.send((True, run(workers, order)))
@@ -178,18 +189,19 @@ def serve(config: RunConfig, pipe: Connection, starting: Any) -> None:
 
 
 def run(workers: Workers, order: Order) -> int:
-    """Makes a run; returns the steps that it took."""
-    started, steps = time.monotonic(), 0
-    with RunFolder.create(order.folder, order.config, overwrite=True) as folder:
-        events = workers.train(order.config, folder)
-        for event in events:
-            steps = event.step if event.state == "training" else steps
+    """Makes a run, from the weights that the last one left; returns the steps that it took."""
+    started, config = time.monotonic(), order.config
+    task = make_task(config.task.name, config.task.required_length, config.task.options)
+    weights = Synchronizer(workers.learner, workers.rollouts)
+    with RunFolder.create(order.folder, config, overwrite=True) as folder:
+        reports = train(config, task, workers.tokenizer, workers.learner, workers.rollouts, weights, folder)
+        for report in reports:
             in_time = time.monotonic() - started < order.seconds
-            if steps >= (order.steps if in_time else order.least):
+            if report.step >= (order.steps if in_time else order.least):
                 break
-        events.close()
+        reports.close()
     shutil.rmtree(order.folder / "checkpoints", ignore_errors=True)  # nobody goes on from here
-    return steps
+    return report.step
 
 
 def start(
@@ -232,34 +244,35 @@ def ask_all(group: Iterable[Workplace], order: Any) -> None:
         list(threads.map(lambda each: each.ask(order(each)), workplaces))
 
 
+def usable(workplaces: Iterable[Workplace]) -> list[Workplace]:
+    return [each for each in workplaces if not each.error]
+
+
 def variant(config: RunConfig, **rollout: int) -> RunConfig:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
 
 
-def calibrations(config: RunConfig, layout: Layout) -> dict[str, RunConfig]:
-    """Synchronous runs that costs are fitted to, none of them one that is predicted: few short completions,
-    most of the largest batch, more than the engines have places for, so that some begin while others are
-    drawn, and many and few completions of a token, whose prompts take the time."""
+def calibrations(config: RunConfig) -> dict[str, RunConfig]:
+    """Synchronous runs on a shared GPU that costs are fitted to, none of them one that is predicted.
+
+    Few, many and most completions of the whole budget lie around the predicted batches, so that nothing is
+    extrapolated in their number; many of a quarter of it tell lengths from numbers; prompts alone, reading
+    from decoding.
+    """
     synchronous = config.model_copy(update={"mode": modes_of(config)[0]})
-    prompts, budget, samples = (
-        config.rollout.prompts_per_step,
-        config.budget,
-        config.rollout.samples_per_prompt,
-    )
-    places = config.rollout.max_num_seqs * layout.engines
+    prompts, budget = config.rollout.prompts_per_step, config.budget
+    few, many, most = max(1, 3 * prompts // 8), 3 * prompts // 2 + 1, 5 * prompts // 2 + 1
     return {
-        "few": variant(synchronous, prompts_per_step=max(1, prompts // 4), max_tokens=max(2, budget // 4)),
-        "many": variant(synchronous, prompts_per_step=max(1, 3 * prompts * layout.gpus // 4)),
-        "late": variant(
-            synchronous, prompts_per_step=math.ceil(1.5 * places / samples), max_tokens=max(2, budget // 4)
-        ),
-        "prompts": variant(synchronous, prompts_per_step=prompts, max_tokens=1),
-        "prompt": variant(synchronous, prompts_per_step=1, max_tokens=1),
+        "few": variant(synchronous, prompts_per_step=few),
+        "many": variant(synchronous, prompts_per_step=many),
+        "most": variant(synchronous, prompts_per_step=most),
+        "short": variant(synchronous, prompts_per_step=many, max_tokens=max(2, budget // 4)),
+        "prompts": variant(synchronous, prompts_per_step=most, max_tokens=1),
     }
 
 
 def calibration(workplace: Workplace, name: str, folder: str, steps: int) -> Order:
-    config = calibrations(workplace.config, workplace.layout)[name]
+    config = calibrations(workplace.config)[name]
     return Order(config, workplace.folder / folder, steps, steps, float("inf"))
 
 
@@ -267,7 +280,7 @@ def calibration(workplace: Workplace, name: str, folder: str, steps: int) -> Ord
 class Case:
     """A run that is predicted, and how it came out."""
 
-    workplace: Workplace
+    layout: Layout
     mode: Any
     work: str
     prompts: int
@@ -279,24 +292,19 @@ class Case:
     def name(self) -> str:
         return f"{self.mode.kind}_{self.prompts}"
 
-    @property
-    def folder(self) -> Path:
-        return self.workplace.folder / self.name
+    def order(self, workplace: Workplace, steps: int, seconds: float) -> Order:
+        warm = warm_steps(self.mode, WARM_STEPS)
+        return Order(self.config, workplace.folder / self.name, warm + steps, warm + min(2, steps), seconds)
 
-    def order(self, steps: int, seconds: float) -> Order:
-        warm = warm_steps(self.mode)
-        return Order(self.config, self.folder, warm + steps, warm + min(3, steps), seconds)
-
-    def outcome(self) -> dict[str, Any]:
-        found = outcome(read_run(self.folder))
-        return found | {"tokens_per_s_per_gpu": found["tokens_per_s"] / self.workplace.layout.gpus}
+    def outcome(self, workplace: Workplace) -> dict[str, Any]:
+        found = outcome(read_run(workplace.folder / self.name), WARM_STEPS)
+        return found | {"tokens_per_s_per_gpu": found["tokens_per_s"] / self.layout.gpus}
 
     def to_json(self) -> dict[str, Any]:
-        layout = self.workplace.layout
         record = {
-            "architecture": self.workplace.architecture,
-            "gpus": layout.gpus,
-            "layout": str(layout),
+            "architecture": self.config.architecture,
+            "gpus": self.layout.gpus,
+            "layout": str(self.layout),
             "mode": self.mode.kind,
             "work": self.work,
             "prompts_per_step": self.prompts,
@@ -310,31 +318,69 @@ class Case:
         return record
 
 
-def cases(workplaces: Sequence[Workplace]) -> list[Case]:
-    """What is predicted and then run. One GPU has one mode and one batch."""
+def cases(base: RunConfig, layouts: Sequence[Layout], on_gpus: bool) -> list[Case]:
+    """What is predicted and then run, what is wanted most first: one GPU, which has one mode and one batch;
+    work that grows with the GPUs; the same work on all of them; one step off."""
     found = []
-    for each in workplaces:
-        prompts = each.config.rollout.prompts_per_step
-        modes = modes_of(each.config)[:1] if each.layout.shared else modes_of(each.config)
-        works = {"per_gpu": prompts * each.layout.gpus} | ({} if each.layout.shared else {"fixed": prompts})
+    for architecture, layout in itertools.product(ARCHITECTURES, layouts):
+        placed = layout.place(base.model_copy(update={"architecture": architecture}), on_gpus)
+        prompts = placed.rollout.prompts_per_step
+        modes = modes_of(placed)[:1] if layout.shared else modes_of(placed)
+        works = {"per_gpu": prompts * layout.gpus} | ({} if layout.shared else {"fixed": prompts})
         for work, count in works.items():
             for mode in modes:
-                config = variant(each.config, prompts_per_step=count).model_copy(update={"mode": mode})
-                found.append(Case(each, mode, work, count, config))
-    return found
+                config = variant(placed, prompts_per_step=count).model_copy(update={"mode": mode})
+                found.append(Case(layout, mode, work, count, config))
+    return sorted(
+        found,
+        key=lambda case: (case.mode.kind == "one_step_off", not case.layout.shared, case.work == "fixed"),
+    )
 
 
-def predict(workplace: Workplace, device: Device, wanted: Sequence[Case]) -> dict[str, Any]:
-    """Fills in what is predicted of a workplace's runs; returns the costs that it rests on."""
-    config = workplace.config
-    measured = read_measurements(workplace.calibrations, config.model, config.architecture, device)
-    lengths = run_lengths(workplace.folder / "many", config.budget)
+def predict(
+    wanted: Sequence[Case], device: Device, costs_of: Mapping[str, Sequence[Path]], pool: Executor
+) -> list[dict[str, Any]]:
+    """Fills in what is predicted; returns the costs that it rests on.
+
+    Args:
+        costs_of: by architecture, runs and results to fit costs to.
+        pool: of processes, for a prediction each.
+    """
+    asked = [
+        pool.submit(predicted, case.config, case.layout, device, costs_of[case.config.architecture])
+        for case in wanted
+    ]
     costs: dict[str, Any] = {}
-    for case in wanted:
-        job = make_job(case.config, lengths, device, Efficiency(), measured)
-        costs = {name: asdict(cost) for name, cost in named_costs(job, measured).items()}
-        case.predicted = said(forecast(job, case.mode, workplace.layout.split), workplace.layout.gpus)
-    return {"architecture": workplace.architecture, "layout": str(workplace.layout), "costs": costs}
+    for case, answer in zip(wanted, asked, strict=True):
+        case.predicted, costs[case.config.architecture] = answer.result()
+    return [
+        {
+            "architecture": architecture,
+            "costs": costs[architecture],
+            "measured_by": [path.name for path in costs_of[architecture]],
+        }
+        for architecture in costs
+    ]
+
+
+def predicted(
+    config: RunConfig, layout: Layout, device: Device, paths: Sequence[Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is predicted of a run, and the costs that it rests on."""
+    measured = read_measurements(paths, config.model, config.architecture, device, WARM_STEPS)
+    # No policy of random weights ends a completion before its budget, but once in a vocabulary.
+    job = make_job(config, FixedLengths(config.budget), device, Efficiency(), measured)
+    costs = {name: asdict(cost) for name, cost in named_costs(job, measured).items()}
+    return said(forecast(job, config.mode, layout.split), layout.gpus), costs
+
+
+def predictors() -> ProcessPoolExecutor:
+    """Processes that predict, started at once: importing takes them longer than predicting."""
+    count = max(1, (os.cpu_count() or 2) // 2)
+    pool = ProcessPoolExecutor(min(16, count), multiprocessing.get_context("spawn"))
+    for _ in range(min(16, count)):
+        pool.submit(find_device, "cpu")
+    return pool
 
 
 def said(found: Forecast, gpus: int) -> dict[str, Any]:
@@ -430,14 +476,21 @@ def device_of(name: str) -> Device:
 def main(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    costs: Annotated[
+        list[Path] | None, typer.Option(help="Results of `rlscale bench` that say something too; repeat.")
+    ] = None,
+    prediction: Annotated[
+        Path | None, typer.Option("--predict", help="Write what --costs predict here, and run nothing.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="With --predict: which device.")] = "H100",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of results and runs.")] = Path(
         "runs/scaling"
     ),
     layout_names: Annotated[
         list[str] | None, typer.Option("--layout", help="1, or ENGINES+LEARNERS; repeat. Default: 1 and 1+1.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of each run, those apart that fill the engines.")] = 10,
-    seconds: Annotated[float, typer.Option(help="After which a run ends early.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Of each run, those apart that fill the engines.")] = 4,
+    seconds: Annotated[float, typer.Option(help="After which a run ends early.")] = 20,
     limit: Annotated[float, typer.Option(help="Seconds after which no run begins.")] = 3600,
 ) -> None:
     """Predict one RL step on these layouts, then measure it."""
@@ -451,6 +504,16 @@ def main(
         layouts = [Layout.parse(each) for each in layout_names or ["1", "1+1"]]
         if not isinstance(base.mode, AsynchronousConfig):
             raise UserError("mode.kind: engines of every mode are those of asynchronous, set it")
+        if not any(layout.shared for layout in layouts):
+            raise UserError("--layout 1 is where costs are measured: add it")
+        if prediction is not None:
+            wanted = cases(base, layouts, on_gpus=True)
+            with predictors() as pool:
+                found = predict(wanted, find_device(gpu), dict.fromkeys(ARCHITECTURES, costs or []), pool)
+            about = {"device": gpu, "settings": {"config": base.model_dump(mode="json")}}
+            write(prediction, about, wanted, found)
+            Console(width=140).print(table(wanted))
+            return
         visible = torch.cuda.device_count()
         if visible and (most := max(each.gpus for each in layouts)) > visible:
             raise UserError(f"a layout needs {most} GPUs and there are {visible}")
@@ -458,6 +521,7 @@ def main(
         raise SystemExit(f"error: {error}") from None
     runs = output / "runs"
     runs.mkdir(parents=True, exist_ok=True)
+    pool = predictors()
     every = [(each, i) for each in layouts for i in range(len(ARCHITECTURES))]
     starting = multiprocessing.get_context("spawn").Lock()
     workplaces = [start(each, base, i, runs, visible, starting) for each, i in every]
@@ -466,41 +530,53 @@ def main(
         log(f"{len(devices)} of {len(workplaces)} sets of workers are up")
         if not devices:
             raise SystemExit("error: none could start")
-        warm = [each for each in workplaces if not each.error]
-        ask_all(warm, lambda each: calibration(each, "many", "warm", 2))
+        ask_all(usable(workplaces), lambda each: calibration(each, "most", "warm", 2))
         log("warm")
         settings = {"layouts": [str(each) for each in layouts], "config": base.model_dump(mode="json")}
         about = {"device": devices[0], "environment": environment(), "settings": settings}
-        device = device_of(about["device"])
+        device = device_of(devices[0])
 
-        for group in side_by_side(workplaces):
-            for name in calibrations(base, group[0].layout):
+        shared = [each for each in workplaces if each.layout.shared]
+        for group in side_by_side(shared):
+            for name in calibrations(base):
                 ask_all(group, lambda each, name=name: calibration(each, name, name, CALIBRATION_STEPS))
-                for each in group:
-                    each.calibrations.append(each.folder / name)
-        log("costs are measured")
-        usable = [each for each in workplaces if not each.error]
-        wanted = cases(usable)
-        costs = [predict(each, device, [c for c in wanted if c.workplace is each]) for each in usable]
-        write(output / "predictions.json", about, wanted, costs)
+                log(f"costs: {name}")
+        places = {(each.architecture, each.layout): each for each in workplaces}
+        paths: dict[str, Sequence[Path]] = {
+            each.architecture: [each.folder / name for name in calibrations(base)] + (costs or [])
+            for each in usable(shared)
+        }
+        wanted = [
+            case
+            for case in cases(base, layouts, visible > 0)
+            if case.config.architecture in paths and not places[case.config.architecture, case.layout].error
+        ]
+        found = predict(wanted, device, paths, pool)
+        write(output / "predictions.json", about, wanted, found)
         log("predictions.json is written")
 
-        for layout, name in dict.fromkeys((case.workplace.layout, case.name) for case in wanted):
-            for group in side_by_side([each for each in usable if each.layout == layout]):
+        for layout, name in dict.fromkeys((case.layout, case.name) for case in wanted):
+            for group in side_by_side([each for each in workplaces if each.layout == layout]):
                 if time.monotonic() - began > limit:
                     log(f"no time for {layout} {name}")
                     continue
-                due = [case for case in wanted if case.workplace in group and case.name == name]
-                orders = {id(case.workplace): case.order(steps, seconds) for case in due}
-                ask_all(group, lambda each, orders=orders: orders[id(each)])
-                for case in due:
-                    if not case.workplace.error:
-                        case.measured = case.outcome()
-                log(f"{layout} {name}: {', '.join(case.workplace.architecture for case in due)}")
-                write(output / "results.json", about, wanted, costs)
+                due = {
+                    id(place): case
+                    for case in wanted
+                    if (place := places[case.config.architecture, case.layout]) in group and case.name == name
+                }
+                ask_all(group, lambda each, due=due: due[id(each)].order(each, steps, seconds))
+                for each in usable(group):
+                    due[id(each)].measured = due[id(each)].outcome(each)
+                log(f"{layout} {name}: {', '.join(each.architecture for each in group)}")
+                write(output / "results.json", about, wanted, found)
+            if layout.shared:  # its only run, and what its engines and learner hold others can use
+                with ThreadPoolExecutor(len(shared)) as threads:
+                    list(threads.map(Workplace.close, shared))
     finally:
-        for each in workplaces:
-            each.close()
+        pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(len(workplaces)) as threads:
+            list(threads.map(Workplace.close, workplaces))
     Console(width=140).print(table(wanted))
     log("done")
 

@@ -57,9 +57,16 @@ class Measurements:
 
 
 def read_measurements(
-    paths: Sequence[Path], wanted: ModelConfig, architecture: Architecture, device: Device
+    paths: Sequence[Path],
+    wanted: ModelConfig,
+    architecture: Architecture,
+    device: Device,
+    cold: int = WARM_STEPS,
 ) -> Measurements:
     """What these files and run folders say about one architecture.
+
+    Args:
+        cold: steps at the start of a run that are no measurement.
 
     Raises:
         UserError: a path holds neither results of `rlscale bench` nor a run, or ones of another model, dtype
@@ -69,7 +76,7 @@ def read_measurements(
     for path in paths:
         before = len(found.engine) + len(found.learner) + len(found.sync_s) + len(found.shared_sync_s)
         if path.is_dir():
-            _read_run(read_run(path), wanted, architecture, device, found)
+            _read_run(read_run(path), wanted, architecture, device, cold, found)
         else:
             _read_results(path, wanted, architecture, device, found)
         if len(found.engine) + len(found.learner) + len(found.sync_s) + len(found.shared_sync_s) > before:
@@ -117,7 +124,10 @@ def _read_results(
         if "transport" in case:
             if abs(case["bytes"] / weight_bytes(shape, dtype) - 1) > 0.02:
                 raise _other_shape(path)
-            if case["version"] > 0:  # the first one sets up what others use again
+            # The first one sets up what others use again. On GPUs of their own runs use NCCL; what a learner
+            # of several ranks takes to gather its shards comes on top and is no cost of the link.
+            other = device.is_gpu and case["transport"] not in ("cuda_ipc", "nccl")
+            if case["version"] > 0 and not other and case.get("learners", 1) == 1:
                 shares = case["transport"] == "cuda_ipc"
                 target = found.shared_sync_s if shares else found.sync_s
                 target.append(case["publish_s"] + case["load_s"])
@@ -147,7 +157,12 @@ def _engine_samples(case: Mapping[str, Any], shape: KimiLinearConfig) -> list[En
 
 
 def _read_run(
-    record: RunRecord, wanted: ModelConfig, architecture: Architecture, device: Device, found: Measurements
+    record: RunRecord,
+    wanted: ModelConfig,
+    architecture: Architecture,
+    device: Device,
+    cold: int,
+    found: Measurements,
 ) -> None:
     config = record.config
     kind = config.architecture
@@ -160,9 +175,9 @@ def _read_run(
         raise UserError(
             f"--costs {record.path} ran on {where}, not on {device.name}: name another run or set --gpu"
         )
-    steps = record.metrics[WARM_STEPS:]
+    steps = record.metrics[cold:]
     if not steps:
-        raise UserError(f"--costs {record.path}: needs a run of more than {WARM_STEPS} steps")
+        raise UserError(f"--costs {record.path}: needs a run of more than {cold} steps")
     shape = model_config(config.model, architecture)
     workers = config.learner.workers
     trained = config.rollout.prompts_per_step * config.rollout.samples_per_prompt

@@ -67,26 +67,30 @@ def compare(measured: Sequence[Path], predicted: Path, lengths_of: Path | None =
     }
 
 
-def warm_steps(mode: ModeConfig) -> int:
-    """Steps at the start of a run that are no measurement: buffers are made, kernels compiled, and engines
-    are not yet as far ahead of the learner as they will be."""
-    return WARM_STEPS + (mode.max_staleness if isinstance(mode, AsynchronousConfig) else 0)
+def warm_steps(mode: ModeConfig, cold: int = WARM_STEPS) -> int:
+    """Steps at the start of a run that are no measurement: in the `cold` first ones buffers are made and
+    kernels compiled, and engines are not yet as far ahead of the learner as they will be."""
+    return cold + (mode.max_staleness if isinstance(mode, AsynchronousConfig) else 0)
 
 
-def outcome(record: RunRecord) -> dict[str, Any]:
+def outcome(record: RunRecord, cold: int = WARM_STEPS) -> dict[str, Any]:
     """How a run's steps came out, for comparison with a `Forecast`.
 
     Seconds and tokens/s are medians, because a machine's hiccups belong to nobody's costs. Not so in the
     asynchronous mode, whose steps are unlike each other by nature (in most the learner waits for nothing, in
     some for long): there they are means.
 
+    Args:
+        cold: see `warm_steps`.
+
     Raises:
         UserError: the run has no steps beyond those.
     """
     config = record.config
-    steps = record.metrics[warm_steps(config.mode) :]
+    warm = warm_steps(config.mode, cold)
+    steps = record.metrics[warm:]
     if not steps:
-        raise UserError(f"{record.path}: needs a run of more than {warm_steps(config.mode)} steps")
+        raise UserError(f"{record.path}: needs a run of more than {warm} steps")
     trained = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens = [trained * step["response_tokens_mean"] for step in steps]
     seconds = [step["step_s"] for step in steps]

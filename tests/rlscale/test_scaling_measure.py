@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ def module() -> ModuleType:
 
 
 measure = module()
-BASE = load_config(RunConfig, FOLDER / "small.yaml")
+BASE = load_config(RunConfig, FOLDER / "eight_layers.yaml")
 
 
 def workplace(layout: str, architecture: str, *gpus: int) -> Any:
@@ -54,24 +55,51 @@ def test_a_layout_gives_each_worker_a_gpu_or_shares_one_and_the_transport_follow
             measure.Layout.parse(wrong)
 
 
-def test_no_run_that_gives_costs_is_one_that_is_predicted():
-    for layout in ("1", "1+1", "6+2"):
-        place = workplace(layout, "hybrid")
-        predicted = [case.config for case in measure.cases([place])]
-        given = measure.calibrations(place.config, place.layout)
+def test_no_run_that_gives_costs_is_one_that_is_predicted_and_all_are_possible():
+    layouts = [measure.Layout.parse(name) for name in ("1", "1+1", "6+2")]
+    predicted = [case.config for case in measure.cases(BASE, layouts, on_gpus=True)]
+    for architecture in measure.ARCHITECTURES:
+        given = measure.calibrations(workplace("1", architecture).config)
         assert all(config.mode.kind == "synchronous" for config in given.values())
-        assert not [config for config in given.values() if config in predicted]
+        batches = {
+            (c.rollout.prompts_per_step, c.budget) for c in predicted if c.architecture == architecture
+        }
+        assert not [c for c in given.values() if (c.rollout.prompts_per_step, c.budget) in batches]
         for config in (*given.values(), *predicted):
             check(config)
 
 
-def test_one_gpu_has_one_run_and_several_have_every_mode_at_fixed_work_and_at_work_per_gpu():
-    assert [(case.mode.kind, case.prompts) for case in measure.cases([workplace("1", "mla")])] == [
-        ("synchronous", 16)
+def test_one_gpu_has_one_run_and_several_have_every_mode_those_wanted_most_first():
+    layouts = [measure.Layout.parse(name) for name in ("1", "3+1")]
+    found = [
+        (str(case.layout), case.mode.kind, case.work, case.prompts)
+        for case in measure.cases(BASE, layouts, on_gpus=True)
+        if case.config.architecture == "mla"
     ]
-    several = [(case.mode.kind, case.work, case.prompts) for case in measure.cases([workplace("3+1", "mla")])]
-    modes = ("synchronous", "one_step_off", "asynchronous")
-    assert several == [(mode, "per_gpu", 64) for mode in modes] + [(mode, "fixed", 16) for mode in modes]
+    assert found == [
+        ("1", "synchronous", "per_gpu", 8),
+        ("3+1", "synchronous", "per_gpu", 32),
+        ("3+1", "asynchronous", "per_gpu", 32),
+        ("3+1", "synchronous", "fixed", 8),
+        ("3+1", "asynchronous", "fixed", 8),
+        ("3+1", "one_step_off", "per_gpu", 32),
+        ("3+1", "one_step_off", "fixed", 8),
+    ]
+
+
+def test_predictions_rest_on_results_that_exist_and_say_which(tmp_path):
+    out = tmp_path / "predicted.json"
+    results = FOLDER.parents[1] / "benchmarks" / "results"
+    costs = [results / "rollout_h200.json", results / "sync_h200.json"]
+    measure.main(FOLDER / "eight_layers.yaml", [], costs, out, "H200", tmp_path, ["1"])
+    found = json.loads(out.read_text())
+    assert len(found["cases"]) == 2
+    assert all(case["predicted"]["step_s"] > 0 and case["measured"] is None for case in found["cases"])
+    for each in found["costs"]:
+        assert each["measured_by"] == ["rollout_h200.json", "sync_h200.json"]
+        assert each["costs"]["decode step"]["origin"] == "measured"
+        assert each["costs"]["operation of training"]["origin"] == "roofline"
+        assert 0.01 < each["costs"]["weight sync"]["value"] < 0.03
 
 
 def test_workplaces_with_a_gpu_in_common_are_not_measured_at_the_same_time():
