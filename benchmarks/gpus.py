@@ -6,8 +6,8 @@
 - learner: one training step of a learner that its ranks share (FSDP2) against the same step on one GPU: how
   far gradients and weights differ, relative to the norm of the gradient and of the step; then seconds of a
   step in bfloat16.
-- context: KDA of one sequence that the ranks share along its tokens against one GPU that has it whole:
-  forward, forward and backward, and relative errors of output and gradients.
+- context: KDA of one sequence that 2, 4, ... up to all ranks share along its tokens against one GPU that has
+  it whole: forward, forward and backward, and relative errors of output and gradients.
 
 Without names all three. Without GPUs everything is small and goes over gloo, for a trial. The file is written
 again after every case; a part that fails says so in it.
@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from transformers import KimiLinearConfig
 
 from kimi_linear.ops import chunk_kda
-from kimi_linear.ops.context_parallel import context_parallel_kda, split_sequences
+from kimi_linear.ops.context_parallel import RankShare, context_parallel_kda, split_sequences
 from rlscale.bench.learner import ragged_lengths, ragged_rollouts
 from rlscale.bench.mismatch import random_policy
 from rlscale.bench.results import Results, release, synchronize
@@ -44,6 +44,8 @@ from rlscale.models import model_config
 
 Case = dict[str, Any]
 MIB = 1 << 20
+# How many tensors as large as q KDA holds at its peak, inputs and outputs with it.
+FORWARD_TENSORS, TRAINED_TENSORS = 11, 25
 ACTIVATIONS = {
     "use_qk_l2norm_in_kernel": True,
     "use_gate_in_kernel": True,
@@ -241,55 +243,72 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def context(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
-    """One sequence over all ranks, and whole on rank 0, where it fits."""
+    """One sequence over 2, 4, ... up to all ranks, and whole on rank 0, where it fits."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    counts = [2**n for n in range(1, team.size.bit_length()) if 2**n <= team.size]
+    groups = {count: dist.new_group(list(range(count))) for count in counts}
     for tokens in sizes.tokens:
-        case: Case = {"tokens": tokens, "heads": sizes.heads, "head_dim": sizes.head_dim}
-        own = tokens // team.size
-        share = split_sequences(torch.tensor([0, tokens]), [own] * team.size, team.rank, device)
-
-        def shared(inputs: dict[str, torch.Tensor], share: Any = share) -> torch.Tensor:
-            return context_parallel_kda(**inputs, share=share, **ACTIVATIONS)
-
-        if tokens == sizes.tokens[0]:
-            case |= context_errors(
-                shared, tokens, slice(team.rank * own, (team.rank + 1) * own), dtype, device, sizes
+        about: Case = {"tokens": tokens, "heads": sizes.heads, "head_dim": sizes.head_dim}
+        alone = {
+            backward: context_seconds(whole_kda, tokens, backward, team.rank == 0, dtype, device, sizes)
+            for backward in (False, True)
+        }
+        for count in counts:
+            case: Case = {**about, "ranks": count}
+            own = tokens // count
+            member = team.rank < count
+            share = split_sequences(
+                torch.tensor([0, tokens]), [own] * count, team.rank if member else 0, device
             )
-        inputs = kda_inputs(own, dtype, device, sizes)
-        for name, backward in (("forward", False), ("forward_backward", True)):
-            call = kda_call(shared, inputs, backward)
-            case[f"shared_{name}_ms"] = 1e3 * seconds(call, sizes.repeats, device)
-        del inputs, call
-        release()
-        for name, backward in (("forward", False), ("forward_backward", True)):
-            taken = alone_seconds(tokens, backward, dtype, device, sizes, team)
-            case[f"alone_{name}_ms"] = None if taken is None else 1e3 * taken
-            case[f"{name}_speedup"] = None if taken is None else 1e3 * taken / case[f"shared_{name}_ms"]
-            release()
-        yield case
+            shared = partial(shared_kda, share, groups[count])
+            if tokens == sizes.tokens[0]:
+                mine = slice(team.rank * own, (team.rank + 1) * own)
+                if member:
+                    case |= context_errors(shared, groups[count], tokens, mine, dtype, device, sizes)
+                release()
+            for name, backward in (("forward", False), ("forward_backward", True)):
+                taken = context_seconds(shared, own, backward, member, dtype, device, sizes)
+                one = alone[backward]
+                case[f"shared_{name}_ms"] = None if taken is None else 1e3 * taken
+                case[f"alone_{name}_ms"] = None if one is None else 1e3 * one
+                case[f"{name}_speedup"] = None if taken is None or one is None else one / taken
+            yield case
 
 
-def alone_seconds(
-    tokens: int, backward: bool, dtype: torch.dtype, device: torch.device, sizes: Sizes, team: Ranks
+def context_seconds(
+    kda: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    tokens: int,
+    backward: bool,
+    member: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: Sizes,
 ) -> float | None:
-    """Of the whole sequence on rank 0 while the others wait; None where it does not fit."""
-    fits = torch.ones(1, device=device)
-    call: Callable[[], object] = idle
-    if team.rank == 0:
-        try:
-            call = kda_call(whole_kda, kda_inputs(tokens, dtype, device, sizes), backward)
-            call()
-        except torch.OutOfMemoryError:
-            fits.zero_()
-            call = idle
-    dist.broadcast(fits, src=0)
+    """Of `tokens` on each member while the others wait; None where they do not fit."""
+    needed = (TRAINED_TENSORS if backward else FORWARD_TENSORS) * tokens * sizes.heads * sizes.head_dim
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**60
+    # All ranks decide alike: one that runs out of memory would leave the others waiting.
+    fits = torch.tensor([float(needed * dtype.itemsize < free)], device=device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN)
     if not fits.item():
         return None
-    return seconds(call, sizes.repeats, device)
+    call = kda_call(kda, kda_inputs(tokens, dtype, device, sizes), backward) if member else idle
+    taken = seconds(call, sizes.repeats, device)
+    del call
+    release()
+    return taken
+
+
+def shared_kda(
+    share: RankShare, group: dist.ProcessGroup | None, inputs: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    return context_parallel_kda(**inputs, share=share, group=group, **ACTIVATIONS)
 
 
 def whole_kda(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return chunk_kda(**inputs, **ACTIVATIONS)[0]
+    """Of one sequence, packed like the ranks' shares, so that the same kernels serve both."""
+    bounds = torch.arange(2, device=inputs["q"].device) * inputs["q"].shape[1]
+    return chunk_kda(**inputs, **ACTIVATIONS, cu_seqlens=bounds)[0]
 
 
 def kda_inputs(
@@ -324,6 +343,7 @@ def kda_call(
 
 def context_errors(
     shared: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    group: dist.ProcessGroup | None,
     tokens: int,
     mine: slice,
     dtype: torch.dtype,
@@ -345,10 +365,10 @@ def context_errors(
     errors = {"o": relative_error(o, expected[:, mine])}
     for name, x, want in zip(part, found, wanted, strict=True):
         if x.ndim == 1:
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=group)
         errors[name] = relative_error(x, want if x.ndim == 1 else want[:, mine])
     worst = torch.tensor(list(errors.values()), device=device)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
     return {f"error_{name}": value for name, value in zip(errors, worst.tolist(), strict=True)}
 
 

@@ -6,18 +6,22 @@ the state that the recurrence has reached. The recurrence is affine in it: over 
     S_out = M S_in + N,
 
 so every rank finds its M and N at once, all gather them, and each folds those before it into the state it
-starts from. Handing the state from rank to rank instead needs no M and N, but R ranks then work one after
-the other. The fold costs one more scan of the sequence that crosses a rank's end, and one more backward pass
-on a rank with sequences that cross its beginning and its end, whatever R is. What travels are K x (K + V)
-numbers a value head forwards and K x V backwards: 4 MiB and 2 MiB a rank and layer in float32, for 32 heads
-of 128.
+starts from. Handing the state from rank to rank instead needs no M and N, but R ranks then scan one after the
+other. What a rank does to its chunks that needs no state is done once, for all scans. A rank whose sequence
+begins on it starts from zeros: it scans once, has N with its outputs, and waits for nobody; the last of two
+ranks needs no M and N of its own. So two ranks hand a state over, and from three on those in the middle scan
+twice, whatever their number. Backwards likewise, with the gradient of the state and the transposed M.
+
+What travels are K x (K + V) numbers a value head forwards and K x V backwards: 4 MiB and 2 MiB a rank and
+layer in float32, for 32 heads of 128.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from kimi_linear.ops.arguments import state_dtype
 from kimi_linear.ops.conv import short_convolution
@@ -148,9 +152,10 @@ def context_parallel_kda(
 ) -> torch.Tensor:
     """`chunk_kda` of this rank's tokens, all sequences starting from zero; every rank of the group calls it.
 
-    Tensors are those of `chunk_kda` with B = 1 and T this rank's tokens. On a GPU, K + V must be at most the
-    kernels' largest head size. Gradients of A_log and dt_bias are this rank's part of the sum. The backward
-    pass runs once for a forward pass, on all ranks.
+    Tensors are those of `chunk_kda` with B = 1 and T this rank's tokens. On a GPU with three ranks or more,
+    K + V must be at most the kernels' largest head size, except on Hopper, where K may also be 64 or 128 and
+    V any multiple of 64. Gradients of A_log and dt_bias are this rank's part of the sum. The backward pass
+    runs once for a forward pass, on all ranks.
 
     Returns:
         o [1, T, HV, V].
@@ -162,16 +167,13 @@ def context_parallel_kda(
         "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
         "lower_bound": lower_bound,
     }
-    return ContextParallelKDA.apply(share, group, options, q, k, v, g, beta, A_log, dt_bias)
+    tensors = (q, k, v, g, beta, A_log, dt_bias)
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    return ContextParallelKDA.apply(share, group, options, needed, *tensors)
 
 
 class ContextParallelKDA(torch.autograd.Function):
-    """`context_parallel_kda` with its gradients.
-
-    The local graph from inputs and incoming state to output and outgoing state is kept, because it is walked
-    twice: once for what this rank's outputs ask of its incoming state, which the ranks before wait for, and
-    once, when they have folded that, for what later ranks ask of the outgoing state.
-    """
+    """`context_parallel_kda` with its gradients."""
 
     @staticmethod
     def forward(
@@ -179,60 +181,152 @@ class ContextParallelKDA(torch.autograd.Function):
         share: RankShare,
         group: dist.ProcessGroup | None,
         options: dict[str, Any],
-        *tensors: torch.Tensor | None,
+        needed: list[bool],
+        *tensors: Any,
     ) -> torch.Tensor:
-        q, v = tensors[0], tensors[2]
-        assert q is not None
-        assert v is not None
-        transitions = gather(local_transition(share, options, tensors), group)
+        q, _, v = tensors[:3]
+        heads, key_dim, value_dim = v.shape[2], q.shape[3], v.shape[3]
+        steps = new_steps(tensors, share, needed, options)
         incoming = v.new_zeros(
-            len(share.cu_seqlens) - 1, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype)
+            len(share.cu_seqlens) - 1, heads, key_dim, value_dim, dtype=state_dtype(q.dtype)
         )
-        for transition in transitions[: dist.get_rank(group)]:
-            free, through = transition.split((v.shape[3], q.shape[3]), dim=-1)
-            incoming[0] = free + through @ incoming[0]
-        with torch.enable_grad():
-            leaves = [
-                None if x is None else x.detach().requires_grad_(needed)
-                for x, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True)
-            ]
-            incoming.requires_grad_(share.before > 0 and any(ctx.needs_input_grad))
-            o, states = run(leaves, share.cu_seqlens, incoming, options)
-        ctx.share, ctx.group = share, group
-        ctx.local = leaves, incoming, o, states
-        ctx.throughs = [transition[..., v.shape[3] :] for transition in transitions]
-        return o.detach()
+        own = incoming.new_zeros(heads, key_dim, value_dim + key_dim)
+        if share.before == 0:
+            o, final = steps.outputs(incoming)
+            if share.after > 0:
+                own[..., :value_dim] = final[-1]
+        elif share.after > 0:
+            found = steps.transition(share.through)
+            own[..., : found.shape[-1]] = found
+        transitions, arrival = gather(own, group)
+        if share.before > 0 or not any(needed):
+            arrival.wait()
+        if share.before > 0:
+            for transition in transitions[: dist.get_rank(group)]:
+                free, through = transition.split((value_dim, key_dim), dim=-1)
+                incoming[0] = free + through @ incoming[0]
+            o, _ = steps.outputs(incoming)
+        ctx.share, ctx.group, ctx.steps, ctx.arrival = share, group, steps, arrival
+        ctx.throughs = [transition[..., value_dim:] for transition in transitions]
+        return o
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        share, group, (leaves, incoming, o, states) = ctx.share, ctx.group, ctx.local
-        sources = [x for x in leaves if x is not None and x.requires_grad]
-        asked = torch.zeros_like(incoming[0])
-        totals: list[torch.Tensor] = []
-        if share.before > 0:
-            *totals, from_outputs = torch.autograd.grad(
-                o, [*sources, incoming], grads[0], retain_graph=share.after > 0
-            )
-            asked = from_outputs[0]
-        outgoing = torch.zeros_like(asked)
-        later = list(zip(gather(asked, group), ctx.throughs, strict=True))[dist.get_rank(group) + 1 :]
-        for own, through in reversed(later):
-            outgoing = own + through.transpose(-1, -2) @ outgoing
-        if share.after > 0 or not totals:
-            state_grads = torch.zeros_like(states)
-            state_grads[-1] = outgoing
-            outputs = (states,) if totals else (states, o)
-            output_grads = (state_grads,) if totals else (state_grads, grads[0])
-            parts = torch.autograd.grad(outputs, sources, output_grads, materialize_grads=True)
-            totals = [x + y for x, y in zip(totals, parts, strict=True)] if totals else list(parts)
-        remaining = iter(totals)
-        ctx.local = None
-        return (
-            None,
-            None,
-            None,
-            *(next(remaining) if x is not None and x.requires_grad else None for x in leaves),
+        share, group, steps = ctx.share, ctx.group, ctx.steps
+        ctx.steps = None
+        steps.begin_gradients(grads[0])
+        outgoing = steps.new_states()
+        if share.after == 0:
+            asked = steps.incoming_gradient(outgoing)[0]
+        elif share.before > 0:
+            asked = steps.asked_of_first()
+        asked = asked if share.before > 0 else torch.zeros_like(outgoing[0])
+        gathered, arrival = gather(asked, group)
+        if share.after > 0:
+            arrival.wait()
+            ctx.arrival.wait()
+            later = list(zip(gathered, ctx.throughs, strict=True))[dist.get_rank(group) + 1 :]
+            for own, through in reversed(later):
+                outgoing[-1] = own + through.mT @ outgoing[-1]
+            steps.incoming_gradient(outgoing)
+        found = steps.gradients()
+        if share.after == 0:
+            arrival.wait()
+        return (None, None, None, None, *found)
+
+
+class Steps(Protocol):
+    """`chunk_kda` of a rank's tokens in the steps between which ranks talk."""
+
+    def transition(self, through: bool) -> torch.Tensor:
+        """[HV, K, V + K], [N | M] of the last sequence; N alone, [HV, K, V], unless `through`."""
+
+    def outputs(self, incoming: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """o and the final states, from states [n, HV, K, V]."""
+
+    def new_states(self) -> torch.Tensor:
+        """Zeros like the states."""
+
+    def begin_gradients(self, output_grad: torch.Tensor) -> None:
+        """Do what needs no gradient of a state."""
+
+    def asked_of_first(self) -> torch.Tensor:
+        """The gradient [HV, K, V] of the first sequence's state as far as outputs alone ask for it."""
+
+    def incoming_gradient(self, outgoing_grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of the incoming states, given that of the final ones."""
+
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
+        """Those of q, k, v, g, beta, A_log and dt_bias; comes last."""
+
+
+def new_steps(
+    tensors: tuple[Any, ...], share: RankShare, needed: list[bool], options: dict[str, Any]
+) -> Steps:
+    """Steps of q, k, v, g, beta, A_log and dt_bias, of which gradients are `needed`."""
+    if tensors[0].is_cuda:
+        from kimi_linear.ops.triton.shared import ChunkSteps
+
+        return ChunkSteps(tensors, share.cu_seqlens, any(needed), **options)
+    return DifferentiatedSteps(tensors, share, needed, options)
+
+
+class DifferentiatedSteps:
+    """`Steps` by autograd, on any device."""
+
+    def __init__(
+        self,
+        tensors: tuple[Any, ...],
+        share: RankShare,
+        needed: list[bool],
+        options: dict[str, Any],
+    ) -> None:
+        self.needed = any(needed)
+        self.leaves: list[Any] = [
+            None if x is None else x.detach().requires_grad_(needs)
+            for x, needs in zip(tensors, needed, strict=True)
+        ]
+        self.share, self.options = share, options
+
+    def transition(self, through: bool) -> torch.Tensor:
+        q, k, v, g, beta, a_log, dt_bias = self.leaves
+        heads, value_dim, key_dim = v.shape[2], v.shape[3], q.shape[3]
+        last = [x[:, self.share.last_start :] for x in (q, k, v, g, beta)]
+        state = v.new_zeros(
+            1, heads, key_dim, value_dim + (key_dim if through else 0), dtype=state_dtype(q.dtype)
         )
+        if through:
+            # Values of zero leave the identity to pass through every transition: M itself.
+            last[2] = F.pad(last[2], (0, key_dim))
+            state[..., value_dim:] = torch.eye(key_dim, dtype=state.dtype, device=state.device)
+        bounds = torch.arange(2, device=v.device) * last[2].shape[1]
+        return run((*last, a_log, dt_bias), bounds, state, self.options)[1][0]
+
+    def outputs(self, incoming: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            self.incoming = incoming.detach().clone().requires_grad_(self.needed)
+            self.o, self.states = run(self.leaves, self.share.cu_seqlens, self.incoming, self.options)
+        return self.o.detach(), self.states.detach()
+
+    def new_states(self) -> torch.Tensor:
+        return torch.zeros_like(self.states)
+
+    def begin_gradients(self, output_grad: torch.Tensor) -> None:
+        self.output_grad = output_grad
+
+    def asked_of_first(self) -> torch.Tensor:
+        (asked,) = torch.autograd.grad(self.o, self.incoming, self.output_grad, retain_graph=True)
+        return asked[0]
+
+    def incoming_gradient(self, outgoing_grad: torch.Tensor) -> torch.Tensor:
+        sources = [x for x in self.leaves if x is not None and x.requires_grad]
+        outputs, grads = (self.o, self.states), (self.output_grad, outgoing_grad)
+        asked, *found = torch.autograd.grad(outputs, [self.incoming, *sources], grads)
+        self.found = iter(found)
+        return asked
+
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(next(self.found) if x is not None and x.requires_grad else None for x in self.leaves)
 
 
 def run(
@@ -257,30 +351,9 @@ def run(
     return o, states
 
 
-def local_transition(share: RankShare, options: dict[str, Any], tensors: Any) -> torch.Tensor:
-    """[N | M] of the state that leaves this rank, [HV, K, V + K].
-
-    Zeros if none leaves, and M zeros if none that came in does.
-    """
-    q, k, v, g, beta, a_log, dt_bias = tensors
-    heads, value_dim, key_dim = v.shape[2], v.shape[3], q.shape[3]
-    state = v.new_zeros(1, heads, key_dim, value_dim + key_dim, dtype=state_dtype(q.dtype))
-    if share.after == 0:
-        return state[0]
-    last = [x[:, share.last_start :] for x in (q, k, v, g, beta)]
-    if share.through:
-        # Values of zero leave the identity to pass through every transition: M itself.
-        zeros = v.new_zeros(*last[2].shape[:3], key_dim)
-        last[2] = torch.cat((last[2], zeros), dim=-1)
-        state[..., value_dim:] = torch.eye(key_dim, dtype=state.dtype, device=state.device)
-    bounds = torch.arange(2, device=v.device) * last[2].shape[1]
-    _, final = run((*last, a_log, dt_bias), bounds, state[..., : last[2].shape[-1]].contiguous(), options)
-    state[..., : final.shape[-1]] = final
-    return state[0]
-
-
-def gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """x of every rank."""
+def gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[list[torch.Tensor], dist.Work]:
+    """x of every rank, once the work is done."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return parts
+    work = dist.all_gather(parts, x.contiguous(), group=group, async_op=True)
+    assert work is not None
+    return parts, work

@@ -172,3 +172,25 @@ else:
                 cu_seqlens=torch.tensor(bounds) if len(bounds) > 2 else None,
             )
         assert max(scans.errors) < 0.004
+
+    def test_a_scan_without_output_gives_what_a_sequence_makes_of_any_state() -> None:
+        shape = (1, 150, 1, 64)
+        x = {name: torch.randn(shape).bfloat16().float() for name in "qkvg"}
+        beta, a_log, dt_bias = torch.randn(shape[:3]), torch.rand(1), torch.randn(64) - 3
+        bounds = torch.tensor([0, 20, 150])
+        p = chunk.new_problem(x["q"], x["v"], bounds, None, True, True, True, None)
+        prepared = chunk.prepare(p, x["q"], x["k"], x["g"], beta, a_log, dt_bias)
+        first, last = torch.randn(2, 1, 64, 64)
+        final = chunk.new_final_state(p, x["v"])
+        chunk.scan_forward(p, prepared, x["v"], None, torch.stack((first, last)), final, None, None, None)
+        found = torch.full((1, 1, 64, 128), float("nan"))
+        hopper.scan_hopper[(2, 1)](
+            *(y.bfloat16() for y in (prepared.read_keys, prepared.queries, prepared.write_keys)),
+            prepared.decay, prepared.scales, prepared.attention.bfloat16(), x["v"].bfloat16(), None, None,
+            found, p.starts[1:], bounds[1:], p.tokens, p.scale, HV=1, K=64, V=64, VARLEN=True, DEPTH=STAGES,
+            THROUGH=True,
+        )  # fmt: skip
+        free, through = found[0].split(64, dim=-1)
+        left = free + through @ last
+        assert (left - final[1]).norm() < 0.005 * final[1].norm()
+        assert through.norm() > 0.1

@@ -250,75 +250,143 @@ class ChunkKDA(torch.autograd.Function):
         do = do.contiguous()
         if final_state_grad is not None:
             final_state_grad = final_state_grad.contiguous()
-        blocks = (p.chunks, p.value_heads)
-        state_shape = (*blocks, p.padded_key_dim, p.padded_value_dim)
-        value_shape = (*blocks, CHUNK, p.padded_value_dim)
-        # Value channels that a slice pads are never written, and the gradient reads them: zeros.
-        new = torch.empty if p.value_dim == p.padded_value_dim else torch.zeros
         prepared = Prepared(*prepared)
-        states = new(state_shape, dtype=p.operand, device=v.device)
-        deltas = new(value_shape, dtype=p.operand, device=v.device)
-        delta_rest = None
-        if prepared.inverse_rest is not None:
-            delta_rest = new(value_shape, dtype=p.operand, device=v.device)
-        scan_forward(p, prepared, v, None, initial_state, None, states, deltas, delta_rest)
-
-        state_grads = new(state_shape, dtype=p.operand, device=v.device)
-        error_grads = new(value_shape, dtype=p.operand, device=v.device)
+        scanned = scan_again(p, prepared, v, initial_state)
         initial_state_grad = torch.empty_like(initial_state) if ctx.needs_input_grad[8] else None
-        options, slices = p.scan_options(backward=True)
-        beta_parts = torch.empty(*blocks, slices, CHUNK, device=v.device)
-        scan_backward_kernel[(slices, p.sequences * p.value_heads)](
-            prepared.read_keys, prepared.queries, prepared.write_keys, prepared.write_rest, prepared.decay,
-            prepared.scales, prepared.attention, deltas, delta_rest, do, final_state_grad, initial_state_grad,
-            state_grads, error_grads, beta_parts, p.starts, p.cu_seqlens, p.tokens, p.scale,
+        back = scan_backward(p, prepared, do, final_state_grad, initial_state_grad, scanned)
+        assert back is not None
+        grads = gradients(p, q, k, v, g, beta, a_log, dt_bias, prepared, do, scanned, back)
+        return None, *grads, initial_state_grad, None
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the backward pass wants of the forward scan: states where chunks start, and delta."""
+
+    states: torch.Tensor
+    deltas: torch.Tensor
+    delta_rest: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ScannedBack:
+    """What `scan_backward_kernel` writes."""
+
+    state_grads: torch.Tensor
+    error_grads: torch.Tensor
+    beta_parts: torch.Tensor
+
+
+def new_chunks(p: Problem, rows: int, device: torch.device) -> torch.Tensor:
+    """[chunks, HV, rows, VP] of operands."""
+    # Value channels that a slice pads are never written, and the gradient reads them: zeros.
+    new = torch.empty if p.value_dim == p.padded_value_dim else torch.zeros
+    return new(p.chunks, p.value_heads, rows, p.padded_value_dim, dtype=p.operand, device=device)
+
+
+def scan_again(
+    p: Problem, prepared: Prepared, v: torch.Tensor, initial_state: torch.Tensor | None
+) -> Scanned:
+    scanned = Scanned(
+        states=new_chunks(p, p.padded_key_dim, v.device),
+        deltas=new_chunks(p, CHUNK, v.device),
+        delta_rest=None if prepared.inverse_rest is None else new_chunks(p, CHUNK, v.device),
+    )
+    scan_forward(p, prepared, v, None, initial_state, None, *vars(scanned).values())
+    return scanned
+
+
+def scan_backward(
+    p: Problem,
+    prepared: Prepared,
+    do: torch.Tensor,
+    final_state_grad: torch.Tensor | None,
+    initial_state_grad: torch.Tensor | None,
+    scanned: Scanned | None,
+) -> ScannedBack | None:
+    """Fill `initial_state_grad`; nothing else without `scanned`."""
+    options, slices = p.scan_options(backward=True)
+    back, deltas, delta_rest = None, None, None
+    if scanned is not None:
+        deltas, delta_rest = scanned.deltas, scanned.delta_rest
+        back = ScannedBack(
+            state_grads=new_chunks(p, p.padded_key_dim, do.device),
+            error_grads=new_chunks(p, CHUNK, do.device),
+            beta_parts=torch.empty(p.chunks, p.value_heads, slices, CHUNK, device=do.device),
+        )
+    written = (None, None, None) if back is None else vars(back).values()
+    scan_backward_kernel[(slices, p.sequences * p.value_heads)](
+        prepared.read_keys, prepared.queries, prepared.write_keys, prepared.write_rest, prepared.decay,
+        prepared.scales, prepared.attention, deltas, delta_rest, do, final_state_grad, initial_state_grad,
+        *written, p.starts, p.cu_seqlens, p.tokens, p.scale,
+        V=p.value_dim,
+        VP=p.padded_value_dim,
+        **p.sizes,
+        **options,
+    )  # fmt: skip
+    return back
+
+
+def gradients(
+    p: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    a_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    prepared: Prepared,
+    do: torch.Tensor,
+    scanned: Scanned,
+    back: ScannedBack,
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of q, k, v, g, beta, A_log and dt_bias."""
+    blocks = (p.chunks, p.value_heads)
+    groups = p.value_heads // p.heads
+    per_head = (*q.shape[:2], p.value_heads, p.key_dim)
+    qk_dtype = q.dtype if groups == 1 else torch.float32
+    dq = torch.empty(per_head, dtype=qk_dtype, device=q.device)
+    dk = torch.empty(per_head, dtype=qk_dtype, device=q.device)
+    dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
+    bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
+    rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
+    arguments = (
+        q, k, g, a_log, dt_bias, do, *vars(scanned).values(), *vars(back).values(), prepared.scales,
+        dq, dk, dv, dg, dbeta, bias_parts, rate_parts, p.table, p.cu_seqlens, p.tokens,
+        p.sequences, back.beta_parts.shape[2], p.scale, p.lower_bound,
+    )  # fmt: skip
+    grid = (p.chunks * p.value_heads,)
+    if p.on_hopper(q.device) and groups == 1 and p.value_dim == p.padded_value_dim >= TILE:
+        gradient_hopper_kernel[grid](
+            *arguments,
+            HV=p.heads,
+            K=p.key_dim,
+            V=p.value_dim,
+            VARLEN=p.cu_seqlens is not None,
+            **p.activations,
+            **HOPPER_OPTIONS,
+        )
+    else:
+        gradient_kernel[grid](
+            *arguments,
+            H=p.heads,
             V=p.value_dim,
             VP=p.padded_value_dim,
+            BV=min(64, p.padded_value_dim),
+            **fit(WIDE_GRADIENT_OPTIONS if p.wide else GRADIENT_OPTIONS, p.padded_key_dim),
             **p.sizes,
-            **options,
-        )  # fmt: skip
-
-        groups = p.value_heads // p.heads
-        per_head = (*q.shape[:2], p.value_heads, p.key_dim)
-        qk_dtype = q.dtype if groups == 1 else torch.float32
-        dq = torch.empty(per_head, dtype=qk_dtype, device=q.device)
-        dk = torch.empty(per_head, dtype=qk_dtype, device=q.device)
-        dv, dg, dbeta = torch.empty_like(v), torch.empty_like(g), torch.empty_like(beta)
-        bias_parts = torch.zeros(*blocks, 4, p.key_dim, device=q.device) if dt_bias is not None else None
-        rate_parts = torch.zeros(blocks, device=q.device) if a_log is not None else None
-        arguments = (
-            q, k, g, a_log, dt_bias, do, states, deltas, delta_rest, state_grads, error_grads, beta_parts,
-            prepared.scales, dq, dk, dv, dg, dbeta, bias_parts, rate_parts, p.table, p.cu_seqlens, p.tokens,
-            p.sequences, slices, p.scale, p.lower_bound,
-        )  # fmt: skip
-        grid = (p.chunks * p.value_heads,)
-        if p.on_hopper(q.device) and groups == 1 and p.value_dim == p.padded_value_dim >= TILE:
-            gradient_hopper_kernel[grid](
-                *arguments,
-                HV=p.heads,
-                K=p.key_dim,
-                V=p.value_dim,
-                VARLEN=p.cu_seqlens is not None,
-                **p.activations,
-                **HOPPER_OPTIONS,
-            )
-        else:
-            gradient_kernel[grid](
-                *arguments,
-                H=p.heads,
-                V=p.value_dim,
-                VP=p.padded_value_dim,
-                BV=min(64, p.padded_value_dim),
-                **fit(WIDE_GRADIENT_OPTIONS if p.wide else GRADIENT_OPTIONS, p.padded_key_dim),
-                **p.sizes,
-                **p.activations,
-            )
-        if groups > 1:
-            dq = dq.unflatten(2, (p.heads, groups)).sum(3).to(q.dtype)
-            dk = dk.unflatten(2, (p.heads, groups)).sum(3).to(k.dtype)
-        da_log = None if rate_parts is None else rate_parts.sum(0).view_as(a_log).to(a_log.dtype)
-        ddt_bias = None if bias_parts is None else bias_parts.sum((0, 2)).view_as(dt_bias).to(dt_bias.dtype)
-        return None, dq, dk, dv, dg, dbeta, da_log, ddt_bias, initial_state_grad, None
+            **p.activations,
+        )
+    if groups > 1:
+        dq = dq.unflatten(2, (p.heads, groups)).sum(3).to(q.dtype)
+        dk = dk.unflatten(2, (p.heads, groups)).sum(3).to(k.dtype)
+    da_log, ddt_bias = None, None
+    if a_log is not None and rate_parts is not None:
+        da_log = rate_parts.sum(0).view_as(a_log).to(a_log.dtype)
+    if dt_bias is not None and bias_parts is not None:
+        ddt_bias = bias_parts.sum((0, 2)).view_as(dt_bias).to(dt_bias.dtype)
+    return dq, dk, dv, dg, dbeta, da_log, ddt_bias
 
 
 def check_head_sizes(q: torch.Tensor, v: torch.Tensor) -> None:
@@ -330,6 +398,43 @@ def check_head_sizes(q: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(
                 f"head size {name} = {size} is too large for the GPU kernels: use {MAX_HEAD_SIZE} or less"
             )
+
+
+def new_problem(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    scale: float | None,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    lower_bound: float | None,
+) -> Problem:
+    check_head_sizes(q, v)
+    if cu_seqlens is None:
+        table, starts, sequences = None, None, q.shape[0]
+    else:
+        cu_seqlens = cu_seqlens.contiguous()
+        table, starts = chunk_table(cu_seqlens, q.shape[1])
+        sequences = cu_seqlens.numel() - 1
+    return Problem(
+        batch=q.shape[0],
+        tokens=q.shape[1],
+        heads=q.shape[2],
+        value_heads=v.shape[2],
+        key_dim=q.shape[3],
+        value_dim=v.shape[3],
+        sequences=sequences,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        gate=gate_kind(use_gate_in_kernel, lower_bound),
+        lower_bound=0.0 if lower_bound is None else lower_bound,
+        sigmoid_beta=use_beta_sigmoid_in_kernel,
+        normalize=use_qk_l2norm_in_kernel,
+        dtype=q.dtype,
+        cu_seqlens=cu_seqlens,
+        table=table,
+        starts=starts,
+    )
 
 
 def chunk_kda(
@@ -354,31 +459,10 @@ def chunk_kda(
     Arguments and results are the dispatcher's, which checks their shapes. Sums have a fixed order, so equal
     inputs give equal bits, gradients included. Nothing waits for the device.
     """
-    check_head_sizes(q, v)
-    if cu_seqlens is None:
-        table, starts, sequences = None, None, q.shape[0]
-    else:
-        cu_seqlens = cu_seqlens.contiguous()
-        table, starts = chunk_table(cu_seqlens, q.shape[1])
-        sequences = cu_seqlens.numel() - 1
-    p = Problem(
-        batch=q.shape[0],
-        tokens=q.shape[1],
-        heads=q.shape[2],
-        value_heads=v.shape[2],
-        key_dim=q.shape[3],
-        value_dim=v.shape[3],
-        sequences=sequences,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
-        gate=gate_kind(use_gate_in_kernel, lower_bound),
-        lower_bound=0.0 if lower_bound is None else lower_bound,
-        sigmoid_beta=use_beta_sigmoid_in_kernel,
-        normalize=use_qk_l2norm_in_kernel,
-        dtype=q.dtype,
-        cu_seqlens=cu_seqlens,
-        table=table,
-        starts=starts,
-    )
+    p = new_problem(
+        q, v, cu_seqlens, scale, use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel,
+        lower_bound,
+    )  # fmt: skip
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
     if initial_state is not None:
         initial_state = initial_state.contiguous()

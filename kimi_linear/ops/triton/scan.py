@@ -165,7 +165,8 @@ def scan_backward_kernel(
     dS <- decay dS + queries^T (scale rq do) - read_keys^T (beta rk derror).
 
     Writes dS to `state_grads` [chunks, HV, KP, VP], derror to `error_grads` [chunks, HV, 64, VP] and
-    derror . delta, before either is rounded, to `beta_parts` [chunks, HV, slices, 64].
+    derror . delta, before either is rounded, to `beta_parts` [chunks, HV, slices, 64]; without `state_grads`
+    none of these.
     """
     C: tl.constexpr = 64
     v_start = tl.program_id(0) * BV
@@ -198,14 +199,16 @@ def scan_backward_kernel(
         v_offsets = v_base + n[:, None] * (HV * V) + vv[None, :]
         mask = (n < length - (chunks - 1 - step) * C)[:, None] & v_mask[None, :]
         q_norm, k_norm, gain = load_row_scales(scales, block, n, C)
-        delta_offsets = block * (C * VP) + n[:, None] * VP + vv[None, :]
-        delta = tl.load(deltas + delta_offsets).to(tl.float32)
-        if delta_rest is not None:
-            delta += tl.load(delta_rest + delta_offsets).to(tl.float32)
+        if state_grads is not None:
+            delta_offsets = block * (C * VP) + n[:, None] * VP + vv[None, :]
+            delta = tl.load(deltas + delta_offsets).to(tl.float32)
+            if delta_rest is not None:
+                delta += tl.load(delta_rest + delta_offsets).to(tl.float32)
         output_grad = tl.load(do + v_offsets, mask=mask, other=0.0)
 
         grad_operand = grad.to(OPERAND)
-        tl.store(state_grads + block * (KP * VP) + kk[:, None] * VP + vv[None, :], grad_operand)
+        if state_grads is not None:
+            tl.store(state_grads + block * (KP * VP) + kk[:, None] * VP + vv[None, :], grad_operand)
         error_grad = tl.dot(tl.trans(scores), output_grad.to(OPERAND), input_precision=PRECISION) * scale
         error_grad = tl.dot(writes, grad_operand, acc=error_grad, input_precision=PRECISION)
         if tl.float32 != OPERAND:
@@ -215,9 +218,10 @@ def scan_backward_kernel(
             error_grad = tl.dot(writes, rest, acc=error_grad, input_precision=PRECISION)
             writes = tl.load(write_rest + block * (C * KP) + key_offsets)
             error_grad = tl.dot(writes, grad_operand, acc=error_grad, input_precision=PRECISION)
-        tl.store(error_grads + delta_offsets, error_grad.to(OPERAND))
-        part = (block * tl.num_programs(0) + tl.program_id(0)) * C
-        tl.store(beta_parts + part + n, tl.sum(error_grad * delta, axis=1))
+        if state_grads is not None:
+            tl.store(error_grads + delta_offsets, error_grad.to(OPERAND))
+            part = (block * tl.num_programs(0) + tl.program_id(0)) * C
+            tl.store(beta_parts + part + n, tl.sum(error_grad * delta, axis=1))
         output_grad = (output_grad.to(tl.float32) * (q_norm * scale)[:, None]).to(OPERAND)
         grad = tl.dot(tl.trans(query), output_grad, acc=grad * forget[:, None], input_precision=PRECISION)
         recall_grad = error_grad * (-gain * k_norm)[:, None]

@@ -50,8 +50,11 @@ def copy_chunk(
     rows,
     ROW_STRIDE: gl.constexpr,
     K: gl.constexpr,
+    OUTPUT: gl.constexpr,
 ):
-    """Start the copies of a chunk; the last ones wait with `async_copy.wait_group`."""
+    """Start the copies of a chunk; the last ones wait with `async_copy.wait_group`. `rows` of its tokens have
+    values, and queries are copied only for an output.
+    """
     C: gl.constexpr = 64
     KEYS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
     SQUARE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -59,11 +62,13 @@ def copy_chunk(
     at = gl.arange(0, C, gl.SliceLayout(1, KEYS))[:, None] * K
     at += gl.arange(0, K, gl.SliceLayout(0, KEYS))[None, :]
     async_copy.async_copy_global_to_shared(key_stage, read_keys + at)
-    async_copy.async_copy_global_to_shared(query_stage, queries + at)
+    if OUTPUT:
+        async_copy.async_copy_global_to_shared(query_stage, queries + at)
     async_copy.async_copy_global_to_shared(write_stage, write_keys + at)
     row = gl.arange(0, C, gl.SliceLayout(1, SQUARE))[:, None]
     column = gl.arange(0, C, gl.SliceLayout(0, SQUARE))[None, :]
-    async_copy.async_copy_global_to_shared(attention_stage, attention + row * C + column)
+    if OUTPUT:
+        async_copy.async_copy_global_to_shared(attention_stage, attention + row * C + column)
     inside = (row < rows) & (column < C)
     async_copy.async_copy_global_to_shared(value_stage, values + row * ROW_STRIDE + column, mask=inside)
     line = gl.arange(0, 256, LINE)
@@ -92,15 +97,27 @@ def scan_hopper_kernel(
     V: gl.constexpr,
     VARLEN: gl.constexpr,
     DEPTH: gl.constexpr,
+    THROUGH: gl.constexpr = False,
 ):
-    """Arguments and results are `scan_forward_kernel`'s; V a multiple of 64, K 64 or 128."""
+    """Arguments and results are `scan_forward_kernel`'s; V a multiple of 64, K 64 or 128.
+
+    Where THROUGH, K further columns of the state start as the identity and see values of zero: what the
+    sequence makes of any state. `final_state` [sequences, HV, K, V + K] has them behind the others.
+    """
     C: gl.constexpr = 64
     v_start = gl.program_id(0) * 64
     sequence = gl.program_id(1) // HV
     hv = gl.program_id(1) % HV
     start, length, first_chunk = place_sequence(sequence, chunk_starts, cu_seqlens, T, VARLEN, C)
     v += (start * HV + hv) * V + v_start
-    o += (start * HV + hv) * V + v_start
+    OUTPUT: gl.constexpr = o is not None
+    if OUTPUT:
+        o += (start * HV + hv) * V + v_start
+    COLUMNS: gl.constexpr = V + K if THROUGH else V
+    # Of these no token is inside, where there are no values.
+    valued = length
+    if THROUGH:
+        valued = gl.where(v_start < V, length, 0)
     block = first_chunk * HV + hv
     read_keys += block * (C * K)
     queries += block * (C * K)
@@ -133,17 +150,21 @@ def scan_hopper_kernel(
     stored_row = gl.arange(0, C, gl.SliceLayout(1, STORED))[:, None]
     stored_offsets = stored_row * (HV * V) + gl.arange(0, 64, gl.SliceLayout(0, STORED))[None, :]
 
-    state_offsets = (gl.program_id(1).to(gl.int64) * K) * V + v_start
+    state_offsets = (gl.program_id(1).to(gl.int64) * K) * COLUMNS + v_start
     STATE_STORED: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    state_offsets += gl.arange(0, K, gl.SliceLayout(1, STATE_STORED))[:, None] * V
+    state_offsets += gl.arange(0, K, gl.SliceLayout(1, STATE_STORED))[:, None] * COLUMNS
     state_offsets += gl.arange(0, 64, gl.SliceLayout(0, STATE_STORED))[None, :]
     if initial_state is not None:
         state = gl.convert_layout(gl.permute(gl.load(initial_state + state_offsets), (1, 0)), STATE)
     else:
         state = gl.zeros([64, K], gl.float32, STATE)
+        if THROUGH:
+            own = v_start - V + gl.arange(0, 64, gl.SliceLayout(1, STATE))[:, None]
+            state = gl.where(own == gl.arange(0, K, gl.SliceLayout(0, STATE))[None, :], 1.0, state)
 
-    OUTPUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
-    output_slots = gl.allocate_shared_memory(o.dtype.element_ty, [C, 64], OUTPUT)
+    if OUTPUT:
+        SLOTS: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
+        output_slots = gl.allocate_shared_memory(o.dtype.element_ty, [C, 64], SLOTS)
 
     chunks = gl.cdiv(length, C)
     for ahead in gl.static_range(DEPTH - 1):
@@ -163,9 +184,10 @@ def scan_hopper_kernel(
                 v + ahead * (C * HV * V),
                 scales + ahead * (HV * 3 * C),
                 decay + ahead * (HV * K),
-                length - ahead * C,
+                valued - ahead * C,
                 HV * V,
                 K,
+                OUTPUT,
             )
         async_copy.commit_group()
     async_copy.wait_group(DEPTH - 2)
@@ -180,15 +202,17 @@ def scan_hopper_kernel(
         recalled = warpgroup_mma(
             state_operand, key_stages.index(stage).permute((1, 0)), recalled, use_acc=False, is_async=True
         )
-        output = gl.zeros([64, C], gl.float32, RESULT)
-        output = warpgroup_mma(
-            state_operand, query_stages.index(stage).permute((1, 0)), output, use_acc=False, is_async=True
-        )
+        if OUTPUT:
+            output = gl.zeros([64, C], gl.float32, RESULT)
+            output = warpgroup_mma(
+                state_operand, query_stages.index(stage).permute((1, 0)), output, use_acc=False, is_async=True
+            )
         # Behind these products: the last chunk's output goes out, and its stage is free for copies.
         barrier()
-        if chunk > 0:
-            at = o + gl.cast(chunk - 1, gl.int64) * (C * HV * V) + stored_offsets
-            gl.store(at, output_slots.load(STORED))
+        if OUTPUT:  # noqa: SIM102 (decided when compiled, and `chunk` is not)
+            if chunk > 0:
+                at = o + gl.cast(chunk - 1, gl.int64) * (C * HV * V) + stored_offsets
+                gl.store(at, output_slots.load(STORED))
         coming = chunk + (DEPTH - 1)
         if coming < chunks:
             far = gl.cast(coming, gl.int64) * HV
@@ -208,12 +232,13 @@ def scan_hopper_kernel(
                 v + far * (C * V),
                 scales + far * (3 * C),
                 decay + far * K,
-                length - coming * C,
+                valued - coming * C,
                 HV * V,
                 K,
+                OUTPUT,
             )
         async_copy.commit_group()
-        recalled, state_operand = warpgroup_mma_wait(1, deps=(recalled, state_operand))
+        recalled, state_operand = warpgroup_mma_wait(1 if OUTPUT else 0, deps=(recalled, state_operand))
         # There is time for what follows until the products with the queries end.
         row_scales = scale_stages.index(stage)
         k_norm = row_scales.slice(C, C).load(BY_TOKEN)
@@ -223,28 +248,31 @@ def scan_hopper_kernel(
         error = (values - recalled * (gain * k_norm)[None, :]).to(gl.bfloat16)
         error_operand = gl.convert_layout(error, STATE_OPERAND, assert_trivial=True)
         state = warpgroup_mma(error_operand, write_stages.index(stage), state, is_async=True)
-        output, state_operand = warpgroup_mma_wait(1, deps=(output, state_operand))
-        output *= row_scales.slice(0, C).load(BY_TOKEN)[None, :]
-        error_operand = gl.convert_layout(error, OPERAND, assert_trivial=True)
-        output = warpgroup_mma(
-            error_operand, attention_stages.index(stage).permute((1, 0)), output, is_async=True
-        )
+        if OUTPUT:
+            output, state_operand = warpgroup_mma_wait(1, deps=(output, state_operand))
+            output *= row_scales.slice(0, C).load(BY_TOKEN)[None, :]
+            output_operand = gl.convert_layout(error, OPERAND, assert_trivial=True)
+            output = warpgroup_mma(
+                output_operand, attention_stages.index(stage).permute((1, 0)), output, is_async=True
+            )
         # Behind these: the next chunk's copies arrive.
         async_copy.wait_group(DEPTH - 2)
         fence_async_shared()
         barrier()
         next_stage = gl.where(chunk + 1 < chunks, (chunk + 1) % DEPTH, DEPTH)
         forget = decay_stages.index(next_stage).load(gl.SliceLayout(0, STATE))
-        state, error_operand = warpgroup_mma_wait(1, deps=(state, error_operand))
+        state, error_operand = warpgroup_mma_wait(1 if OUTPUT else 0, deps=(state, error_operand))
         state_operand = gl.convert_layout(state.to(gl.bfloat16), OPERAND, assert_trivial=True)
         state *= forget[None, :]
-        output, error_operand = warpgroup_mma_wait(0, deps=(output, error_operand))
-        output_slots.permute((1, 0)).store((output * scale).to(o.dtype.element_ty))
+        if OUTPUT:
+            output, output_operand = warpgroup_mma_wait(0, deps=(output, output_operand))
+            output_slots.permute((1, 0)).store((output * scale).to(o.dtype.element_ty))
     async_copy.wait_group(0)
-    if chunks > 0:
-        at = o + gl.cast(chunks - 1, gl.int64) * (C * HV * V) + stored_offsets
-        inside = (stored_row < length - (chunks - 1) * C) & (stored_offsets >= 0)
-        gl.store(at, output_slots.load(STORED), mask=inside)
+    if OUTPUT:  # noqa: SIM102
+        if chunks > 0:
+            at = o + gl.cast(chunks - 1, gl.int64) * (C * HV * V) + stored_offsets
+            inside = (stored_row < length - (chunks - 1) * C) & (stored_offsets >= 0)
+            gl.store(at, output_slots.load(STORED), mask=inside)
 
     if final_state is not None:
         gl.store(final_state + state_offsets, gl.convert_layout(gl.permute(state, (1, 0)), STATE_STORED))
