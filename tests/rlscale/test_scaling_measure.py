@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,7 +88,8 @@ def test_one_gpu_has_one_run_and_several_have_every_mode_those_wanted_most_first
     ]
 
 
-def test_predictions_rest_on_results_that_exist_and_say_which(tmp_path):
+def test_predictions_rest_on_results_that_exist_and_say_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "predictors", lambda: ThreadPoolExecutor(1))
     out = tmp_path / "predicted.json"
     results = FOLDER.parents[1] / "benchmarks" / "results"
     costs = [results / "rollout_h200.json", results / "sync_h200.json"]
