@@ -63,7 +63,7 @@ from rlscale.workers import Workers
 ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
 WARM_STEPS = 1
 """Of each run, whose workers have made their buffers and compiled their kernels in runs before."""
-CALIBRATION_STEPS = WARM_STEPS + 3
+CALIBRATION_STEPS = WARM_STEPS + 2
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
 
 
@@ -521,7 +521,7 @@ def main(
         raise SystemExit(f"error: {error}") from None
     runs = output / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    pool = predictors()
+    pool, closing = predictors(), ThreadPoolExecutor()
     every = [(each, i) for each in layouts for i in range(len(ARCHITECTURES))]
     starting = multiprocessing.get_context("spawn").Lock()
     workplaces = [start(each, base, i, runs, visible, starting) for each, i in every]
@@ -530,7 +530,7 @@ def main(
         log(f"{len(devices)} of {len(workplaces)} sets of workers are up")
         if not devices:
             raise SystemExit("error: none could start")
-        ask_all(usable(workplaces), lambda each: calibration(each, "most", "warm", 2))
+        ask_all(usable(workplaces), lambda each: calibration(each, "most", "warm", 1))
         log("warm")
         settings = {"layouts": [str(each) for each in layouts], "config": base.model_dump(mode="json")}
         about = {"device": devices[0], "environment": environment(), "settings": settings}
@@ -571,10 +571,11 @@ def main(
                 log(f"{layout} {name}: {', '.join(each.architecture for each in group)}")
                 write(output / "results.json", about, wanted, found)
             if layout.shared:  # its only run, and what its engines and learner hold others can use
-                with ThreadPoolExecutor(len(shared)) as threads:
-                    list(threads.map(Workplace.close, shared))
+                for each in shared:
+                    closing.submit(each.close)
     finally:
         pool.shutdown(cancel_futures=True)
+        closing.shutdown()
         with ThreadPoolExecutor(len(workplaces)) as threads:
             list(threads.map(Workplace.close, workplaces))
     Console(width=140).print(table(wanted))
