@@ -11,16 +11,18 @@ from kimi_linear.ops.packing import token_positions, uniform_cu_seqlens
 
 
 @dataclass(frozen=True)
-class LengthBucket:
-    """Sequences of like length, laid out as one padded batch.
+class PaddedBatches:
+    """Sequences of like length laid out as padded batches, one batch after the other: P places in all.
 
     Attributes:
-        rows: [n, longest] int64, the packed row of each token; any row beyond a sequence's end.
-        inside: int64, where tokens stand in the flattened padded batch, one sequence after the other.
+        shapes: of each batch, its sequences and the longest of them.
+        rows: [P] int64, the packed row of each place; any row where a sequence has ended.
+        places: [T] int64, where each packed token stands.
     """
 
+    shapes: list[tuple[int, int]]
     rows: torch.Tensor
-    inside: torch.Tensor
+    places: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,25 @@ class PackedSequences:
         return self.cu_seqlens[1:].long() - 1
 
     @cached_property
-    def buckets(self) -> tuple[list[LengthBucket], torch.Tensor]:
+    def padded(self) -> PaddedBatches:
         """Sequences grouped so that padded lengths differ by less than a quarter, empty ones left out.
 
-        Returns the groups, and [T] where each packed token stands in the groups' tokens, one group after the
-        other. Worked out on the host and sent to the device without waiting for it.
+        Worked out on the host and sent to the device without waiting for it.
         """
         starts = torch.tensor([0, *self.lengths]).cumsum(0)
-        buckets, rows = [], []
+        shapes, rows = [], [torch.empty(0, dtype=torch.int64)]
+        places = torch.empty(self.tokens, dtype=torch.int64)
+        first = 0
         for group in _alike(self.lengths):
             lengths = torch.tensor([self.lengths[n] for n in group])
             place = torch.arange(self.lengths[group[0]])
-            index = starts[group].unsqueeze(1) + place
+            index = (starts[group].unsqueeze(1) + place).flatten()
             inside = (place < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
-            rows.append(index.flatten()[inside])
-            buckets.append(LengthBucket(self._sent(index.clamp(max=self.tokens - 1)), self._sent(inside)))
-        order = torch.cat(rows).argsort() if rows else torch.empty(0, dtype=torch.int64)
-        return buckets, self._sent(order)
+            places[index[inside]] = first + inside
+            rows.append(index.clamp(max=self.tokens - 1))
+            shapes.append((len(group), len(place)))
+            first += len(index)
+        return PaddedBatches(shapes, self._sent(torch.cat(rows)), self._sent(places))
 
     def _sent(self, x: torch.Tensor) -> torch.Tensor:
         if self.cu_seqlens.is_cuda:

@@ -16,17 +16,24 @@ from kimi_linear.layers.attention import packed_attention
 def test_attention_over_buckets_is_attention_of_each_sequence_alone(lengths: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
-    q, k = (torch.randn(tokens, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    v = torch.randn(tokens, 2, 6, generator=generator, dtype=torch.float64)
+    q, k, v, upstream = (
+        torch.randn(tokens, 2, size, generator=generator, dtype=torch.float64).requires_grad_()
+        for size in (8, 8, 6, 6)
+    )
     packed = PackedSequences.checked(torch.tensor([0, *lengths]).cumsum(0), tokens)
     o = packed_attention(q, k, v, 0.3, packed)
-    for q_n, k_n, v_n, o_n in zip(*(x.split(lengths) for x in (q, k, v, o)), strict=True):
-        expected = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in (q_n, k_n, v_n)), is_causal=True, scale=0.3
+    alone = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts), is_causal=True, scale=0.3)
+        for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    ]
+    expected = torch.cat([x.transpose(0, 1) for x in alone])
+    torch.testing.assert_close(o, expected)
+    if tokens:
+        gradients, expected_gradients = (
+            torch.autograd.grad((x * upstream).sum(), (q, k, v)) for x in (o, expected)
         )
-        torch.testing.assert_close(o_n, expected.transpose(0, 1))
-    padded = sum(bucket.rows.numel() for bucket in packed.buckets[0])
-    assert padded <= tokens * 4 / 3 + len(lengths)
+        torch.testing.assert_close(gradients, expected_gradients)
+    assert len(packed.padded.rows) <= tokens * 4 / 3 + len(lengths)
 
 
 def test_a_layer_that_was_told_the_lengths_reads_no_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
