@@ -1,4 +1,4 @@
-"""Root mean square normalisation, in float32 whatever the model's dtype."""
+"""Root mean square normalisation, in float32 whatever the model's dtype: PyTorch's kernels round last."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * normalize(x, self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -29,8 +29,3 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return gated_rms_norm(x, gate, self.weight, self.eps)
-
-
-def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divide by the root mean square of the last dimension, in float32 (float64 for float64)."""
-    return F.rms_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:], eps=eps)
