@@ -162,7 +162,10 @@ def bench_learner(
     from rlscale.bench.plots import plot_bars
     from rlscale.config import LearnerConfig
 
-    budget = {"tokens_per_micro_batch": tokens_per_micro_batch}
+    budget = {
+        "tokens_per_micro_batch": tokens_per_micro_batch,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
     results = new_results(output, preset, overrides, dtype, budget)
     config = LearnerConfig(
         tokens_per_micro_batch=tokens_per_micro_batch, gradient_checkpointing=gradient_checkpointing
@@ -172,8 +175,9 @@ def bench_learner(
     kind = getattr(torch, dtype.value)
     for case in measure(models, lengths, config, kind, repeats, peak_tflops, peer):
         report(results, case)
-    labels = [f"{case['architecture']}\n{case['trainer']}" for case in results.cases]
-    finish(results, plot_bars(results.cases, labels, "tokens_per_s", "tokens/s", output.parent, "learner"))
+    finished = [case for case in results.cases if "tokens_per_s" in case]
+    labels = [f"{case['architecture']}\n{case['trainer']}" for case in finished]
+    finish(results, plot_bars(finished, labels, "tokens_per_s", "tokens/s", output.parent, "learner"))
 
 
 @doctor.command("mismatch")

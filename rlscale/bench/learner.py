@@ -7,10 +7,12 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import KimiLinearConfig
+from transformers import KimiLinearConfig, PreTrainedModel
+from transformers import KimiLinearForCausalLM as TransformersKimiLinear
 
 from kimi_linear.flops import training_flops
 from kimi_linear.model import KimiLinearForCausalLM
@@ -21,6 +23,8 @@ from rlscale.learner.learner import Learner
 from rlscale.types import Completion, Rollout
 
 GROUP = 8
+Policy = Callable[[KimiLinearConfig, int], PreTrainedModel]
+Prepare = Callable[[Any, Sequence[Rollout], LearnerConfig], Callable[[], object]]
 
 
 def bench_learner(
@@ -34,39 +38,57 @@ def bench_learner(
 ) -> Iterator[dict[str, Any]]:
     """A case for each architecture and trainer: `tokens_per_s` (prompts included, padding not), `step_s`,
     `train_flops`, `peak_bytes` of GPU memory, and `flop_utilisation`, the model's operations against the
-    device's peak.
+    device's peak. A trainer that runs out of memory has a case that says so, in `error`.
 
     Args:
         lengths: completion tokens of the sequences, all trained on in one optimizer step.
-        config: of the learner; `tokens_per_micro_batch` bounds a padded batch of the peer too.
+        config: of the learner; all trainers keep to its `tokens_per_micro_batch` and its
+            `gradient_checkpointing`.
         repeats: steps to take the median of, after one to warm up.
         peak_tflops: the device's, in the model's dtype; None where it is not known.
-        peer: time TRL's GRPOTrainer on the same batch too.
+        peer: time TRL's GRPOTrainer on the same batch too, with this package's model, which packs what the
+            trainer pads (`trl`), and with transformers' own (`trl_transformers`), which computes on padding
+            and takes flash-linear-attention's kernels where that is installed.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainers: dict[str, tuple[Policy, Prepare]] = {"rlscale": (random_policy, packed_step)}
+    if peer:
+        trainers["trl"] = random_policy, padded_step
+        trainers["trl_transformers"] = transformers_policy, partial(padded_step, pads=True)
     for architecture, shape in models.items():
         rollouts = ragged_rollouts(shape, lengths)
         totals = [len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts]
         flops = training_flops(shape, totals, predicted=sum(lengths)).total
-        for name, prepare in (("rlscale", packed_step), ("trl", padded_step))[: 1 + peer]:
-            model = random_policy(shape, 0).to(device, dtype).train()
-            seconds, peak = timed(prepare(model, rollouts, config), repeats)
-            case = {
+        for name, (policy, prepare) in trainers.items():
+            case: dict[str, Any] = {
                 "architecture": architecture,
                 "trainer": name,
                 "sequences": len(lengths),
                 "mean_length": sum(lengths) / len(lengths),
                 "longest": max(lengths),
-                "step_s": seconds,
                 "train_flops": flops,
-                "tokens_per_s": sum(totals) / seconds,
-                "peak_bytes": peak,
             }
-            if peak_tflops is not None:
-                case["flop_utilisation"] = flops / seconds / (peak_tflops * 1e12)
-            yield case
-            del model
+            model: PreTrainedModel | None = None
+            try:
+                with device:  # where random weights are drawn in no time
+                    model = policy(shape, 0).to(dtype).train()
+                seconds, peak = timed(prepare(model, rollouts, config), repeats)
+            except torch.OutOfMemoryError as error:
+                case["error"] = str(error).partition(". ")[0]
+            else:
+                case |= {"step_s": seconds, "tokens_per_s": sum(totals) / seconds, "peak_bytes": peak}
+                if peak_tflops is not None:
+                    case["flop_utilisation"] = flops / seconds / (peak_tflops * 1e12)
+            model = None
             release()
+            yield case
+
+
+def transformers_policy(shape: KimiLinearConfig, seed: int) -> PreTrainedModel:
+    """Random weights in transformers' own class."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TransformersKimiLinear(shape)
 
 
 def ragged_lengths(sequences: int, mean: int, longest: int) -> list[int]:
@@ -103,9 +125,13 @@ def packed_step(
 
 
 def padded_step(
-    model: KimiLinearForCausalLM, rollouts: Sequence[Rollout], config: LearnerConfig
+    model: PreTrainedModel, rollouts: Sequence[Rollout], config: LearnerConfig, pads: bool = False
 ) -> Callable[[], object]:
-    """The same step by TRL's GRPOTrainer: its loss on micro-batches padded to their longest sequence."""
+    """The same step by TRL's GRPOTrainer: its loss on micro-batches padded to their longest sequence.
+
+    Args:
+        pads: the model computes on padding, which then counts among a micro-batch's tokens.
+    """
     from datasets import Dataset
     from trl import GRPOConfig as TRLConfig
     from trl import GRPOTrainer
@@ -135,9 +161,9 @@ def padded_step(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, fused=model.device.type == "cuda"
     )
-    longest = max(len(r.completion.token_ids) for r in rollouts)
-    rows = max(1, config.tokens_per_micro_batch // (longest + PROMPT_TOKENS))
-    # As TRL forms them: in the order of the rollouts, whatever their lengths.
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # as the trainer's own loop does
+    rows = batch_rows([PROMPT_TOKENS + len(r.completion.token_ids) for r in rollouts], config, pads)
     batches = [padded_batch(rollouts[i : i + rows], model.device) for i in range(0, len(rollouts), rows)]
     items = torch.tensor(sum(len(r.completion.token_ids) for r in rollouts), device=model.device)
 
@@ -150,6 +176,24 @@ def padded_step(
         optimizer.zero_grad()
 
     return step
+
+
+def batch_rows(lengths: Sequence[int], config: LearnerConfig, pads: bool) -> int:
+    """The most rows of TRL's micro-batches, up to `GROUP`, of which all keep within the budget, at least one.
+
+    TRL forms them in the order of the rollouts, whatever their lengths.
+    """
+
+    def tokens(batch: Sequence[int]) -> int:
+        return max(batch) * len(batch) if pads else sum(batch)
+
+    fitting = [
+        rows
+        for rows in range(1, GROUP + 1)
+        if max(tokens(lengths[i : i + rows]) for i in range(0, len(lengths), rows))
+        <= config.tokens_per_micro_batch
+    ]
+    return max(fitting, default=1)
 
 
 def padded_batch(rollouts: Sequence[Rollout], device: torch.device) -> dict[str, torch.Tensor]:

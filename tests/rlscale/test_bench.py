@@ -10,11 +10,11 @@ import torch
 
 from kimi_linear.config import cache_size, preset
 from rlscale import cli
-from rlscale.bench.learner import padded_batch, ragged_lengths, ragged_rollouts
+from rlscale.bench.learner import batch_rows, padded_batch, ragged_lengths, ragged_rollouts
 from rlscale.bench.mismatch import compare_logprobs, random_policy, random_prompts
 from rlscale.bench.rollout import Workload, bench_rollout
 from rlscale.bench.sync import engine_places
-from rlscale.config import RolloutConfig
+from rlscale.config import LearnerConfig, RolloutConfig
 from rlscale.errors import UserError
 from rlscale.types import Completion
 
@@ -153,7 +153,7 @@ def test_engines_take_gpus_from_the_last_on(
             engine_places(transport, RolloutConfig(workers=gpus), gpus)
 
 
-def test_a_learner_bench_times_both_trainers_on_the_same_tokens(
+def test_a_learner_bench_times_all_trainers_on_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "learner.json"
@@ -164,8 +164,10 @@ def test_a_learner_bench_times_both_trainers_on_the_same_tokens(
     assert [(case["architecture"], case["trainer"]) for case in cases] == [
         ("hybrid", "rlscale"),
         ("hybrid", "trl"),
+        ("hybrid", "trl_transformers"),
         ("mla", "rlscale"),
         ("mla", "trl"),
+        ("mla", "trl_transformers"),
     ]
     tokens = {round(case["tokens_per_s"] * case["step_s"]) for case in cases}
     assert len(tokens) == 1
@@ -178,6 +180,14 @@ def test_ragged_lengths_have_about_the_mean_asked_and_the_longest() -> None:
     assert sum(lengths) / 64 == pytest.approx(2048, rel=0.1)
     batch = padded_batch(ragged_rollouts(SHAPE, ragged_lengths(8, 20, 60)), torch.device("cpu"))
     assert batch["completion_mask"].sum(1).tolist() == ragged_lengths(8, 20, 60)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pads", "rows"), [(100, False, 3), (100, True, 2), (40, True, 1), (900, True, 8)]
+)
+def test_a_peers_micro_batches_keep_within_the_budget(budget: int, pads: bool, rows: int) -> None:
+    lengths = [10, 20, 30, 50, 10, 20, 10, 10]
+    assert batch_rows(lengths, LearnerConfig(tokens_per_micro_batch=budget), pads) == rows
 
 
 @pytest.mark.parametrize(
