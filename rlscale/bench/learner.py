@@ -55,11 +55,11 @@ def bench_learner(
     if peer:
         trainers["trl"] = random_policy, padded_step
         trainers["trl_transformers"] = transformers_policy, partial(padded_step, pads=True)
-    for architecture, shape in models.items():
-        rollouts = ragged_rollouts(shape, lengths)
-        totals = [len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts]
-        flops = training_flops(shape, totals, predicted=sum(lengths)).total
-        for name, (policy, prepare) in trainers.items():
+    for name, (policy, prepare) in trainers.items():  # the slowest last, should time run out
+        for architecture, shape in models.items():
+            rollouts = ragged_rollouts(shape, lengths)
+            totals = [len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts]
+            flops = training_flops(shape, totals, predicted=sum(lengths)).total
             case: dict[str, Any] = {
                 "architecture": architecture,
                 "trainer": name,

@@ -162,12 +162,9 @@ def test_a_learner_bench_times_all_trainers_on_the_same_tokens(
     assert rlscale(monkeypatch, "bench", "learner", *arguments) == 0
     cases = json.loads(out.read_text())["cases"]
     assert [(case["architecture"], case["trainer"]) for case in cases] == [
-        ("hybrid", "rlscale"),
-        ("hybrid", "trl"),
-        ("hybrid", "trl_transformers"),
-        ("mla", "rlscale"),
-        ("mla", "trl"),
-        ("mla", "trl_transformers"),
+        (architecture, trainer)
+        for trainer in ("rlscale", "trl", "trl_transformers")
+        for architecture in ("hybrid", "mla")
     ]
     tokens = {round(case["tokens_per_s"] * case["step_s"]) for case in cases}
     assert len(tokens) == 1
