@@ -64,6 +64,8 @@ ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
 WARM_STEPS = 1
 """Of each run, whose workers have made their buffers and compiled their kernels in runs before."""
 CALIBRATION_STEPS = WARM_STEPS + 2
+CLOCKS = "clocks.json"
+"""In a run's folder: seconds, and those that engines had been busy for, at the end of steps 0, 1, 2, ..."""
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
 
 
@@ -195,11 +197,14 @@ def run(workers: Workers, order: Order) -> int:
     weights = Synchronizer(workers.learner, workers.rollouts)
     with RunFolder.create(order.folder, config, overwrite=True) as folder:
         reports = train(config, task, workers.tokenizer, workers.learner, workers.rollouts, weights, folder)
+        clocks = []
         for report in reports:
+            clocks.append([workers.rollouts.clock(), workers.rollouts.usage().busy_s])
             in_time = time.monotonic() - started < order.seconds
             if report.step >= (order.steps if in_time else order.least):
                 break
         reports.close()
+    (order.folder / CLOCKS).write_text(json.dumps(clocks) + "\n")
     shutil.rmtree(order.folder / "checkpoints", ignore_errors=True)  # nobody goes on from here
     return report.step
 
@@ -297,7 +302,20 @@ class Case:
         return Order(self.config, workplace.folder / self.name, warm + steps, warm + min(2, steps), seconds)
 
     def outcome(self, workplace: Workplace) -> dict[str, Any]:
-        found = outcome(read_run(workplace.folder / self.name), WARM_STEPS)
+        """Asynchronous engines draw between two steps as well, while the loop keeps its books: there a step
+        lasts from the end of one to the end of the next, by whatever the loop spends its time on."""
+        record = read_run(workplace.folder / self.name)
+        found = outcome(record, WARM_STEPS)
+        if isinstance(self.mode, AsynchronousConfig):
+            warm = warm_steps(self.mode, WARM_STEPS)
+            clocks = json.loads((record.path / CLOCKS).read_text())[warm:]  # one more than steps
+            total_s, busy_s = (last - first for first, last in zip(clocks[0], clocks[-1], strict=True))
+            steps = record.metrics[warm:]
+            found["step_s"] = total_s / len(steps)
+            tokens = sum(step["response_tokens_mean"] for step in steps) * self.prompts
+            found["tokens_per_s"] = tokens * self.config.rollout.samples_per_prompt / total_s
+            found["learner_idle"] = 1 - sum(step["learner_s"] for step in steps) / total_s
+            found["rollout_idle"] = max(0.0, 1 - busy_s / total_s / self.layout.engines)
         return found | {"tokens_per_s_per_gpu": found["tokens_per_s"] / self.layout.gpus}
 
     def to_json(self) -> dict[str, Any]:
