@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from rlscale.errors import UserError
@@ -221,32 +222,28 @@ def _packed_length(rollout: Rollout) -> int:
 
 
 def _micro_batch(rollouts: Sequence[Rollout], chosen: list[int]) -> MicroBatch:
-    input_ids: list[int] = []
     boundaries = [0]
-    predictors: list[int] = []
-    targets: list[int] = []
-    rollout_logprobs: list[float] = []
-    advantages: list[float] = []
-    lengths: list[int] = []
+    input_ids, predictors, targets, logprobs = [], [], [], []
     for rollout in (rollouts[i] for i in chosen):
-        completion, drawn = rollout.completion, rollout.completion.drawn()
-        first = len(input_ids) + len(rollout.prompt_ids) - 1  # the prompt's last token predicts the first
-        input_ids += rollout.prompt_ids
-        input_ids += completion.token_ids[:-1]
-        boundaries.append(len(input_ids))
-        predictors += [first + t for t in drawn]
-        targets += [completion.token_ids[t] for t in drawn]
-        rollout_logprobs += [completion.logprobs[t] for t in drawn]
-        advantages += [rollout.advantage] * len(drawn)
-        lengths.append(len(drawn))
+        completion = rollout.completion
+        tokens = np.asarray(completion.token_ids, dtype=np.int64)
+        drawn = np.arange(len(tokens)) if completion.forced is None else np.asarray(completion.drawn())
+        first = boundaries[-1] + len(rollout.prompt_ids) - 1  # the prompt's last token predicts the first
+        input_ids += [np.asarray(rollout.prompt_ids, dtype=np.int64), tokens[:-1]]
+        boundaries.append(first + len(tokens))
+        predictors.append(first + drawn)
+        targets.append(tokens[drawn])
+        logprobs.append(np.asarray(completion.logprobs, dtype=np.float32)[drawn])
+    lengths = [len(places) for places in predictors]
+    advantages = np.asarray([rollouts[i].advantage for i in chosen], dtype=np.float32)
     return MicroBatch(
-        input_ids=torch.tensor([input_ids]),
+        input_ids=torch.from_numpy(np.concatenate(input_ids)[None]),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
         sequence_lengths=[end - start for start, end in pairwise(boundaries)],
-        predictors=torch.tensor(predictors),
-        targets=torch.tensor(targets),
-        rollout_logprobs=torch.tensor(rollout_logprobs),
-        advantages=torch.tensor(advantages),
+        predictors=torch.from_numpy(np.concatenate(predictors)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        rollout_logprobs=torch.from_numpy(np.concatenate(logprobs)),
+        advantages=torch.from_numpy(np.repeat(advantages, lengths)),
         lengths=torch.tensor(lengths),
         groups=[rollouts[i].group for i in chosen],
         rollouts=chosen,
