@@ -85,7 +85,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         Queries are taken into the latents' space, so that the cache is read as it is and never expanded.
         """
-        q_nope, q_rope = self._queries(x, cache.lengths)
+        q_nope, q_rope = self._queries(x, cache.lengths).split((self.nope_dim, self.rope_dim), dim=-1)
         cache.append(self._latents(x, cache.lengths))
         to_key, to_value = self._expansion().split((self.nope_dim, self.value_dim), dim=1)
         q = torch.cat((torch.einsum("nhd,hdr->nhr", q_nope, to_key), q_rope), dim=-1)
@@ -101,18 +101,18 @@ class MultiHeadLatentAttention(nn.Module):
         compressed, k_rope = latents.split((self.rank, self.rope_dim), dim=-1)
         expanded = self.kv_b_proj(compressed).unflatten(-1, (self.heads, -1))
         k_nope, v = expanded.split((self.nope_dim, self.value_dim), dim=-1)
-        q = torch.cat(self._queries(x, packed.positions), dim=-1)
+        q = self._queries(x, packed.positions)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1)), dim=-1)
         o = packed_attention(q, k, v, self.scale, packed)
         return self.o_proj(o.flatten(1)), latents
 
-    def _queries(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [T, H, nope] and [T, H, rope] of tokens at these positions [T]."""
+    def _queries(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Queries [T, H, nope + rope] of tokens at these positions [T]."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.nope_dim + self.rope_dim))
+        if self.theta is None:
+            return q
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        if self.theta is not None:
-            q_rope = rotate(q_rope, positions, self.theta)
-        return q_nope, q_rope
+        return torch.cat((q_nope, rotate(q_rope, positions, self.theta)), dim=-1)
 
     def _latents(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The cache rows of tokens at these positions [T]: [T, kv_lora_rank + qk_rope_head_dim]."""
