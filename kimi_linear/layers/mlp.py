@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import KimiLinearConfig
 
+from kimi_linear.ops import swiglu
+
 
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x), [T, D] -> [T, D] (SwiGLU, arXiv:2002.05202)."""
@@ -16,7 +18,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -74,7 +76,7 @@ class Experts(nn.Module):
         outputs = []
         for expert, rows in enumerate(x[tokens].split(counts)):
             if len(rows):
-                hidden = F.silu(F.linear(rows, self.w1[expert])) * F.linear(rows, self.w3[expert])
+                hidden = swiglu(F.linear(rows, self.w1[expert]), F.linear(rows, self.w3[expert]))
                 outputs.append(F.linear(hidden, self.w2[expert]))
         if not outputs:
             return torch.zeros_like(x)

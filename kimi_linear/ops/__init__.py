@@ -6,6 +6,7 @@ from kimi_linear.ops.decode import kda_decode_step
 from kimi_linear.ops.dispatch import chunk_kda, fused_recurrent_kda
 from kimi_linear.ops.norm import gated_rms_norm
 from kimi_linear.ops.reference import recurrent_step
+from kimi_linear.ops.swiglu import swiglu
 
 __all__ = [
     "chunk_kda",
@@ -18,4 +19,5 @@ __all__ = [
     "l2_normalize",
     "recurrent_step",
     "short_convolution",
+    "swiglu",
 ]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_linear.ops import gated_rms_norm, kda_decode_step, short_convolution
+from kimi_linear.ops import gated_rms_norm, kda_decode_step, short_convolution, swiglu
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
@@ -23,7 +23,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout + run.stderr
 
 else:
+    from rounding_interpreter import rounding
+
     from kimi_linear.ops.triton import conv, decode, norm
+    from kimi_linear.ops.triton import swiglu as gate
 
     def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:
         return float((x.double() - expected).norm() / expected.norm().clamp(min=1e-12))
@@ -137,6 +140,31 @@ else:
         monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 3)
         tensors = [torch.randn(29, 16), torch.randn(29, 16), torch.randn(16)]
         check_norm(tensors)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["float32", "bfloat16"]
+    )
+    def test_swiglu_has_pytorchs_results_and_gradients(
+        dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gate, "BLOCK", 64)  # the last block is not full
+        torch.manual_seed(0)
+        with rounding():
+            check(gate.swiglu, swiglu, [3 * torch.randn(7, 39, dtype=dtype) for _ in range(2)], tolerance)
+
+    def test_swiglu_rounds_in_the_forward_pass_as_pytorch_does() -> None:
+        z, u = (3 * torch.randn(500, generator=torch.manual_seed(0)).bfloat16() for _ in range(2))
+        with rounding():
+            y = gate.swiglu(z, u)
+        # Where a number lies between two of bfloat16, its exponential's last bit decides.
+        assert (y == swiglu(z, u)).float().mean() > 0.99
+
+    @pytest.mark.parametrize("z", [-1e30, -200.0, 0.0, 200.0, 1e30])
+    def test_swiglu_is_finite_for_gates_of_any_size(z: float) -> None:
+        tensors = [torch.full((2,), z, requires_grad=True), torch.ones(2, requires_grad=True)]
+        y = gate.swiglu(*tensors)
+        grads = torch.autograd.grad(y.sum(), tensors)
+        assert torch.stack((y, *grads)).isfinite().all()
 
     def test_gated_norm_of_zeros_is_zero_with_finite_gradients() -> None:
         x = torch.zeros(3, 16, requires_grad=True)
