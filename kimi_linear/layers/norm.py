@@ -1,10 +1,9 @@
-"""Root mean square normalisation, in float32 whatever the model's dtype: PyTorch's kernels round last."""
+"""Root mean square normalisation, in float32 whatever the model's dtype."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from kimi_linear.ops import gated_rms_norm
+from kimi_linear.ops import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,7 +15,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

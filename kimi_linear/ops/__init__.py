@@ -4,7 +4,7 @@ from kimi_linear.ops.arguments import kda_gate, l2_normalize
 from kimi_linear.ops.conv import convolution_state, convolution_step, short_convolution
 from kimi_linear.ops.decode import kda_decode_step
 from kimi_linear.ops.dispatch import chunk_kda, fused_recurrent_kda
-from kimi_linear.ops.norm import gated_rms_norm
+from kimi_linear.ops.norm import gated_rms_norm, rms_norm
 from kimi_linear.ops.reference import recurrent_step
 from kimi_linear.ops.swiglu import swiglu
 
@@ -18,6 +18,7 @@ __all__ = [
     "kda_gate",
     "l2_normalize",
     "recurrent_step",
+    "rms_norm",
     "short_convolution",
     "swiglu",
 ]

@@ -6,13 +6,14 @@ Triton decides when it is imported whether it interprets, so these tests run in 
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_linear.ops import gated_rms_norm, kda_decode_step, short_convolution, swiglu
+from kimi_linear.ops import gated_rms_norm, kda_decode_step, rms_norm, short_convolution, swiglu
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
@@ -140,6 +141,29 @@ else:
         monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 3)
         tensors = [torch.randn(29, 16), torch.randn(29, 16), torch.randn(16)]
         check_norm(tensors)
+
+    @pytest.mark.parametrize("size", [24, 72, 130])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=["float32", "bfloat16"]
+    )
+    def test_plain_norm_has_pytorchs_results_and_gradients(
+        size: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Rows wider than a block, of which one is a program's; programs that take several blocks.
+        monkeypatch.setattr(norm, "BLOCK", 64)
+        monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 3)
+        torch.manual_seed(0)
+        tensors = [3 * torch.randn(7, size, dtype=dtype), torch.randn(size, dtype=dtype)]
+        with rounding():
+            check(partial(norm.rms_norm, eps=1e-5), partial(rms_norm, eps=1e-5), tensors, tolerance)
+
+    def test_plain_norm_rounds_in_the_forward_pass_as_pytorch_does() -> None:
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(*s, generator=generator).bfloat16() for s in ((20, 50), (50,)))
+        with rounding():
+            y = norm.rms_norm(x, weight, 1e-5)
+        # Where a number lies between two of bfloat16, the root's last bit decides.
+        assert (y == rms_norm(x, weight, 1e-5)).float().mean() > 0.99
 
     @pytest.mark.parametrize(
         ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["float32", "bfloat16"]
