@@ -83,12 +83,14 @@ class SliceReport:
         completion_s: the same, each step times the completions in the making: busy_s of a full engine is
             completion_s divided by its places.
         unfinished: completions that are left to it.
+        peak_bytes: most memory that its engine has used so far.
     """
 
     finished: list[FinishedGroup] = field(default_factory=list)
     busy_s: float = 0.0
     completion_s: float = 0.0
     unfinished: int = 0
+    peak_bytes: int = 0
 
 
 class RolloutWorker:
@@ -124,7 +126,7 @@ class RolloutWorker:
             before, now = now, time.perf_counter()
             report.busy_s += now - before
             report.completion_s += (now - before) * min(unfinished, self._spec.config.max_num_seqs)
-        report.unfinished = engine.unfinished
+        report.unfinished, report.peak_bytes = engine.unfinished, engine.peak_bytes()
         return report
 
     def load_weights(self, manifest: Manifest) -> int:

@@ -123,6 +123,8 @@ class RolloutPool:
         self._streams: list[GroupStream] = []
         self._manifest: Manifest | None = None
         self._usage = Usage()
+        self._peak_bytes = 0
+        self._cache_bytes: dict[int, int] = {}  # by tokens
         self._error: BaseException | None = None
         self._closed = False
         self._seats = [_Seat(i, self._spawn(i)) for i in range(spec.config.workers)]
@@ -237,11 +239,16 @@ class RolloutPool:
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of cache that one sequence of `tokens` tokens occupies in an engine."""
-        return self._ask(lambda actor: actor.cache_bytes.remote(tokens))
+        if tokens not in self._cache_bytes:  # an engine that steps answers at the end of its slice
+            self._cache_bytes[tokens] = self._ask(lambda actor: actor.cache_bytes.remote(tokens))
+        return self._cache_bytes[tokens]
 
     def peak_bytes(self) -> int:
-        """Most memory that an engine has used so far: of its GPU, or its process's where it has none."""
-        return self._ask(lambda actor: actor.peak_bytes.remote())
+        """Most memory that an engine had used by its last slice: of its GPU, or its process's where it has
+        none."""
+        with self._changed:
+            known = self._peak_bytes
+        return known or self._ask(lambda actor: actor.peak_bytes.remote())
 
     def _ask(self, question: Callable[[Any], Any]) -> int:
         """What the first engine that is up answers."""
@@ -414,6 +421,7 @@ class RolloutPool:
                     tokens += sum(len(completion.token_ids) for completion in group.completions)
                     seat.deaths = 0
             seat.unfinished = report.unfinished
+            self._peak_bytes = max(self._peak_bytes, report.peak_bytes)
             self._usage = Usage(
                 self._usage.busy_s + report.busy_s,
                 self._usage.completion_s + report.completion_s,
