@@ -1,6 +1,6 @@
-"""The policies that the runs of lengths_h100.yaml and hybrid_ratio.yaml start from, one for each length.
+"""The policies that the runs of lengths_h200.yaml and hybrid_ratio.yaml start from, one for each length.
 
-    python experiments/lengths_h100/base.py hybrid 1024 -o runs/countdown_base/hybrid_1024
+    python experiments/lengths_h200/base.py hybrid 1024 -o runs/countdown_base/hybrid_1024
 
 Supervised training from random weights on countdowns of 256 tokens, then of twice as many, up to the length
 asked for; each time until the policy is sometimes right.
