@@ -192,7 +192,7 @@ class ContextParallelKDA(torch.autograd.Function):
         )
         own = incoming.new_zeros(heads, key_dim, value_dim + key_dim)
         if share.before == 0:
-            o, final = steps.outputs(incoming)
+            o, final = steps.outputs(None)
             if share.after > 0:
                 own[..., :value_dim] = final[-1]
         elif share.after > 0:
@@ -241,8 +241,8 @@ class Steps(Protocol):
     def transition(self, through: bool) -> torch.Tensor:
         """[HV, K, V + K], [N | M] of the last sequence; N alone, [HV, K, V], unless `through`."""
 
-    def outputs(self, incoming: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """o and the final states, from states [n, HV, K, V]."""
+    def outputs(self, incoming: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """o and the final states, from states [n, HV, K, V], or zeros."""
 
     def new_states(self) -> torch.Tensor:
         """Zeros like the states."""
@@ -302,11 +302,17 @@ class DifferentiatedSteps:
         bounds = torch.arange(2, device=v.device) * last[2].shape[1]
         return run((*last, a_log, dt_bias), bounds, state, self.options)[1][0]
 
-    def outputs(self, incoming: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(self, incoming: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
-            self.incoming = incoming.detach().clone().requires_grad_(self.needed)
+            self.incoming = self._zeros() if incoming is None else incoming.detach().clone()
+            self.incoming.requires_grad_(self.needed)
             self.o, self.states = run(self.leaves, self.share.cu_seqlens, self.incoming, self.options)
         return self.o.detach(), self.states.detach()
+
+    def _zeros(self) -> torch.Tensor:
+        q, _, v = self.leaves[:3]
+        shape = (len(self.share.cu_seqlens) - 1, v.shape[2], q.shape[3], v.shape[3])
+        return v.new_zeros(shape, dtype=state_dtype(q.dtype))
 
     def new_states(self) -> torch.Tensor:
         return torch.zeros_like(self.states)

@@ -17,6 +17,7 @@ from kimi_linear.ops.triton.chunk import (
     Scanned,
     ScannedBack,
     gradients,
+    new_final_state,
     new_problem,
     prepare,
     scan_again,
@@ -72,7 +73,7 @@ class ChunkSteps:
         if p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
             scan_hopper_kernel[(columns // SLICE, p.value_heads)](
                 prepared.read_keys, prepared.queries, prepared.write_keys, prepared.decay, prepared.scales,
-                prepared.attention, v, None, None, final, p.starts, p.cu_seqlens, p.tokens, p.scale,
+                prepared.attention, v, None, final, p.starts, p.cu_seqlens, p.tokens, p.scale,
                 HV=p.value_heads, K=p.key_dim, V=p.value_dim, VARLEN=True, DEPTH=STAGES, THROUGH=through,
                 **HOPPER_OPTIONS,
             )  # fmt: skip
@@ -89,25 +90,24 @@ class ChunkSteps:
         scan_forward(p, prepared, F.pad(v, (0, p.key_dim)), None, start, final, None, None, None)
         return final[0]
 
-    def outputs(self, incoming: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(self, incoming: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         self.incoming = incoming
-        o, final = torch.empty_like(self.values), torch.empty_like(incoming)
+        o, final = torch.empty_like(self.values), new_final_state(self.problem, self.values)
         scan_forward(self.problem, self.prepared, self.values, o, incoming, final, None, None, None)
         return o, final
 
     def new_states(self) -> torch.Tensor:
-        assert self.incoming is not None
-        return torch.zeros_like(self.incoming)
+        return new_final_state(self.problem, self.values).zero_()
 
     def begin_gradients(self, output_grad: torch.Tensor) -> None:
         self.output_grad = output_grad.contiguous()
         self.scanned = scan_again(self.problem, self.prepared, self.values, self.incoming)
 
     def asked_of_first(self) -> torch.Tensor:
-        assert self.incoming is not None
         assert self.output_grad is not None
-        asked = torch.empty_like(self.incoming[:1])
-        scan_backward(self._of_one(0), self.prepared, self.output_grad, None, asked, None)
+        first = self._of_one(0)
+        asked = new_final_state(first, self.values)
+        scan_backward(first, self.prepared, self.output_grad, None, asked, None)
         return asked[0]
 
     def incoming_gradient(self, outgoing_grad: torch.Tensor) -> torch.Tensor:
