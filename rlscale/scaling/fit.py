@@ -333,11 +333,23 @@ def _resample(
         chosen = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=samples) / prompts
     by_run = np.ones((samples, runs))
     if runs > 1:
-        counts = rng.multinomial(runs, np.full(runs, 1 / runs), size=samples)
-        by_run = 1 + np.sqrt(runs / (runs - 1)) * (counts - 1)
+        by_run = runs * _shares_of_runs(runs, samples, rng)
     starts = chosen @ points.rewards[first].T
     start = (starts * by_run[:, points.seeds[first]]).mean(axis=1)
     return chosen @ fitted.rewards.T, start, by_run[:, fitted.seeds]
+
+
+def _shares_of_runs(runs: int, samples: int, rng: np.random.Generator) -> Array:
+    """Random shares [samples, runs], none negative, each row's sum 1, with the variance that makes a weighted
+    mean spread as the mean of so few runs does.
+
+    Drawing whole runs with replacement spreads it too little, by (runs - 1) / runs. Dirichlet's shares
+    (Rubin, 1981) have a variance of (runs - 1) / (runs alpha + 1) / runs^2, and 1 / runs^2 is wanted: alpha is
+    1 - 2 / runs, and of two runs one is drawn.
+    """
+    if runs == 2:
+        return rng.multinomial(1, [0.5, 0.5], size=samples).astype(float)
+    return rng.dirichlet(np.full(runs, 1 - 2 / runs), size=samples)
 
 
 def _search(log_c: Array, y: Array, r0: Array, weights: Array, rounds: int) -> Array:
@@ -405,7 +417,6 @@ def _best_asymptote(moments: Array, squares: Array, r0: Array) -> tuple[Array, A
     Args:
         moments: sum w rise share. squares: sum w share^2, of the same shape. r0: broadcastable.
     """
-    # Weights of seeds that were not drawn are slightly negative; their sum of squares hardly ever is.
     gain = moments / np.maximum(squares, 1e-12)
     a = (r0 + gain).clip(0.0, 1.0)
     gain = a - r0

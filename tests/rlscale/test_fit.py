@@ -14,6 +14,7 @@ from rlscale.scaling.fit import (
     Estimate,
     FitRefused,
     SigmoidFit,
+    _shares_of_runs,
     extrapolate,
     fit_power_law,
     fit_sigmoid,
@@ -143,6 +144,26 @@ def test_more_seeds_and_more_prompts_narrow_the_interval() -> None:
         return fit.A.high - fit.A.low
 
     assert width(8, 512) < 0.6 * width(3, 48)
+
+
+def test_shares_of_runs_spread_a_mean_as_its_standard_error_says_and_none_is_negative() -> None:
+    rng = np.random.default_rng()
+    for runs in (2, 3, 5, 20):
+        shares = _shares_of_runs(runs, 40_000, rng)
+        values = rng.normal(size=runs)
+        assert shares.min() >= 0
+        assert shares.sum(axis=1) == pytest.approx(1)
+        assert (shares @ values).std() == pytest.approx(values.std(ddof=1) / runs**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("kept", [(21, 12), (21, 12, 8)])
+def test_runs_that_ended_early_do_not_refuse_a_fit(kept: tuple[int, ...]) -> None:
+    rng = np.random.default_rng()
+    compute = np.concatenate([STEPS[:n] for n in kept])
+    runs = np.repeat(np.arange(len(kept)), kept)
+    truth = sigmoid(compute, 0.8, 2.0, 60_000.0, 0.3)
+    fit = fit_sigmoid(compute, per_prompt(rng, truth, runs), seeds=runs, samples=200)
+    assert 0.6 <= fit.A.value <= 1.0
 
 
 def test_seeds_may_be_evaluated_at_computes_of_their_own() -> None:
