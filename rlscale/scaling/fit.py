@@ -344,8 +344,8 @@ def _shares_of_runs(runs: int, samples: int, rng: np.random.Generator) -> Array:
     mean spread as the mean of so few runs does.
 
     Drawing whole runs with replacement spreads it too little, by (runs - 1) / runs. Dirichlet's shares
-    (Rubin, 1981) have a variance of (runs - 1) / (runs alpha + 1) / runs^2, and 1 / runs^2 is wanted: alpha is
-    1 - 2 / runs, and of two runs one is drawn.
+    (Rubin, 1981) have a variance of (runs - 1) / (runs alpha + 1) / runs^2, and 1 / runs^2 is wanted: so
+    alpha is 1 - 2 / runs, and of two runs one is drawn.
     """
     if runs == 2:
         return rng.multinomial(1, [0.5, 0.5], size=samples).astype(float)
