@@ -25,6 +25,7 @@ from transformers import KimiLinearConfig
 from kimi_linear.checkpoint import CONFIG_FILE, released_config
 from rlscale.errors import UserError
 from rlscale.memory import GIB, available_gpu_memory, available_memory, peak_bytes
+from rlscale.rollout.allocation import skip_settled_allocations
 from rlscale.rollout.engine import (
     InFlight,
     RolloutEngine,
@@ -141,9 +142,11 @@ def start_engine(
         # As vLLM wants to see a model, but without weights: those come through `load_weights`.
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(released_config(model)))
         try:
-            return LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
+            engine = LLMEngine.from_engine_args(EngineArgs(model=folder, **arguments))
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             raise _explained(error, context, cache_gib) from error
+    skip_settled_allocations(engine.engine_core.engine_core.scheduler.kv_cache_manager)
+    return engine
 
 
 class CachePool:
