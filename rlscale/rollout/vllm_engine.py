@@ -293,9 +293,16 @@ class VLLMEngine(RolloutEngine):
 
     def step(self) -> list[FinishedGroup]:
         """See `RolloutEngine.step`."""
+        try:
+            outputs = self._engine.step()
+        except RuntimeError:
+            # A rank's death may show here before vLLM's watcher has told of it.
+            if getattr(self._engine.engine_core.engine_core.model_executor, "is_failed", False):
+                _die_with_a_rank()
+            raise
         return [
             FinishedGroup(int(output.request_id), [_completion(o) for o in output.outputs])
-            for output in self._engine.step()
+            for output in outputs
         ]
 
     @property
