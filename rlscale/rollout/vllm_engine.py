@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -293,13 +294,8 @@ class VLLMEngine(RolloutEngine):
 
     def step(self) -> list[FinishedGroup]:
         """See `RolloutEngine.step`."""
-        try:
+        with self._dying_with_ranks():
             outputs = self._engine.step()
-        except RuntimeError:
-            # A rank's death may show here before vLLM's watcher has told of it.
-            if getattr(self._engine.engine_core.engine_core.model_executor, "is_failed", False):
-                _die_with_a_rank()
-            raise
         return [
             FinishedGroup(int(output.request_id), [_completion(o) for o in output.outputs])
             for output in outputs
@@ -334,7 +330,9 @@ class VLLMEngine(RolloutEngine):
 
     def _replace(self, call: Callable[[Any, Any], list[Exception]], source: Any, version: int) -> None:
         self.check_in_flight(self._in_flight)
-        for errors in self._engine.collective_rpc(call, args=(source,)):
+        with self._dying_with_ranks():
+            answers = self._engine.collective_rpc(call, args=(source,))
+        for errors in answers:
             for error in errors:
                 raise error
         self._version = version
@@ -349,7 +347,8 @@ class VLLMEngine(RolloutEngine):
         Raises:
             RuntimeError: tensor-parallel ranks differ in weights that all of them have whole.
         """
-        first, *others = self._engine.collective_rpc(_digests)
+        with self._dying_with_ranks():
+            first, *others = self._engine.collective_rpc(_digests)
         for rank, other in enumerate(others, start=1):
             if wrong := differences(first, other):
                 raise RuntimeError(
@@ -359,7 +358,8 @@ class VLLMEngine(RolloutEngine):
 
     def peak_bytes(self) -> int:
         """See `RolloutEngine.peak_bytes`."""
-        return engine_peak_bytes(self._engine)
+        with self._dying_with_ranks():
+            return engine_peak_bytes(self._engine)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` tokens takes from vLLM's pools, in whole blocks."""
@@ -374,6 +374,16 @@ class VLLMEngine(RolloutEngine):
         """See `RolloutEngine.wake`."""
         if self._sleep_level and self._engine.is_sleeping():
             self._engine.wake_up()
+
+    @contextmanager
+    def _dying_with_ranks(self) -> Iterator[None]:
+        """A rank's death may show in a call to all of them before vLLM's watcher has told of it."""
+        try:
+            yield
+        except RuntimeError:
+            if self._ranks > 1 and self._engine.engine_core.engine_core.model_executor.is_failed:
+                _die_with_a_rank()
+            raise
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -236,3 +237,23 @@ def test_ranks_that_cannot_share_the_heads_are_refused_before_they_start() -> No
         UserError, match=r"^rollout\.tensor_parallel_size=3 does not divide num_attention_heads=4: choose"
     ):
         VLLMEngine(HYBRID, torch.float32, CONTEXT, 16, 0.05, tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize("call", ["step", "weight_digests", "peak_bytes"])
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_ranks_death_that_a_call_meets_first_ends_the_engine_and_other_errors_are_passed_on(
+    call: str, dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Executor failed.")
+
+    executor = SimpleNamespace(is_failed=dead)
+    core = SimpleNamespace(engine_core=SimpleNamespace(model_executor=executor))
+    engine = object.__new__(VLLMEngine)
+    engine._ranks = 2
+    engine._engine = SimpleNamespace(step=fails, collective_rpc=fails, engine_core=core)
+    died: list[bool] = []
+    monkeypatch.setattr("rlscale.rollout.vllm_engine._die_with_a_rank", lambda: died.append(True))
+    with pytest.raises(RuntimeError, match="Executor failed"):
+        getattr(engine, call)()
+    assert died == [True] * dead
