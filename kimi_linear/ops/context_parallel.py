@@ -187,9 +187,7 @@ class ContextParallelKDA(torch.autograd.Function):
         q, _, v = tensors[:3]
         heads, key_dim, value_dim = v.shape[2], q.shape[3], v.shape[3]
         steps = new_steps(tensors, share, needed, options)
-        incoming = v.new_zeros(
-            len(share.cu_seqlens) - 1, heads, key_dim, value_dim, dtype=state_dtype(q.dtype)
-        )
+        incoming = steps.new_states()
         own = incoming.new_zeros(heads, key_dim, value_dim + key_dim)
         if share.before == 0:
             o, final = steps.outputs(None)
@@ -304,18 +302,15 @@ class DifferentiatedSteps:
 
     def outputs(self, incoming: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
-            self.incoming = self._zeros() if incoming is None else incoming.detach().clone()
+            self.incoming = self.new_states() if incoming is None else incoming.detach().clone()
             self.incoming.requires_grad_(self.needed)
             self.o, self.states = run(self.leaves, self.share.cu_seqlens, self.incoming, self.options)
         return self.o.detach(), self.states.detach()
 
-    def _zeros(self) -> torch.Tensor:
+    def new_states(self) -> torch.Tensor:
         q, _, v = self.leaves[:3]
         shape = (len(self.share.cu_seqlens) - 1, v.shape[2], q.shape[3], v.shape[3])
         return v.new_zeros(shape, dtype=state_dtype(q.dtype))
-
-    def new_states(self) -> torch.Tensor:
-        return torch.zeros_like(self.states)
 
     def begin_gradients(self, output_grad: torch.Tensor) -> None:
         self.output_grad = output_grad
