@@ -92,10 +92,15 @@ def _multiplies_exactly(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
+def _operand(x: torch.Tensor) -> torch.Tensor:
+    """x as products in float32 take it."""
+    return x if _multiplies_exactly(x) else _high(x)
+
+
 def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     if _multiplies_exactly(head):
         return torch.mm(hidden, head.t(), out_dtype=torch.float32)
-    return _high(hidden) @ head.t()
+    return hidden @ head.t()
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -108,9 +113,9 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        head = weight if _multiplies_exactly(weight) else _high(weight)
+        head = _operand(weight)
         chunks = [
-            softmax_statistics(_logits(h, head), target, temperature)
+            softmax_statistics(_logits(_operand(h), head), target, temperature)
             for h, target in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         logprobs, entropies, log_normalisers = (torch.cat(parts) for parts in zip(*chunks, strict=True))
@@ -126,13 +131,13 @@ class _TokenLogprobs(torch.autograd.Function):
         """d log p(target) / d logits = (onehot(target) - softmax(logits)) / temperature."""
         hidden, weight, targets, log_normalisers = ctx.saved_tensors
         rounds = _multiplies_exactly(weight)
-        head = weight if rounds else _high(weight)
+        head = _operand(weight)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=grad_logprobs.dtype)
         scales = grad_logprobs / ctx.temperature
         for i in range(0, len(hidden), ctx.rows):
             chunk = slice(i, i + ctx.rows)
-            h = hidden[chunk]
+            h = _operand(hidden[chunk])
             grad = softmax_gradient(
                 _logits(h, head),
                 targets[chunk],
@@ -146,5 +151,5 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_head = torch.addmm(grad_head, grad.t(), h, out_dtype=torch.float32)
             else:
                 grad_hidden[chunk] = grad @ head
-                grad_head.addmm_(grad.t(), _high(h))
+                grad_head.addmm_(grad.t(), h)
         return grad_hidden, grad_head.to(weight.dtype), None, None, None
