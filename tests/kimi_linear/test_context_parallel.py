@@ -49,9 +49,13 @@ ACTIVATIONS = {
 }
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def assert_near(
+    actual: torch.Tensor, expected: torch.Tensor, what: str, terms: torch.Tensor | None = None
+) -> None:
+    """Check the error's norm against that of `expected`, or of the `terms` of a sum in which they may cancel."""
     tolerance = 1e-10 if expected.dtype == torch.float64 else 2e-5
-    error = float((actual - expected).norm() / expected.norm().clamp(min=1e-6))
+    size = expected.norm() if terms is None else torch.maximum(expected.norm(), terms.norm())
+    error = float((actual - expected).detach().norm() / size.detach().clamp(min=1e-6))
     assert error < tolerance, f"{what}: {error:.1e}"
 
 
@@ -79,9 +83,11 @@ def check_case(
     o = context_parallel_kda(**local, share=share, group=group, **ACTIVATIONS)
     assert_near(o, expected[:, mine], "o")
     grads = torch.autograd.grad(o, list(local.values()), grad[:, mine])
-    for name, x, want in zip(local, grads, expected_grads, strict=True):
+    wanted = dict(zip(inputs, expected_grads, strict=True))
+    for (name, want), x in zip(wanted.items(), grads, strict=True):
         if x.ndim == 1:
-            assert_near(total(x), want, name)
+            # With gates this slow, A_log's and dt_bias's gradients are sums of g's.
+            assert_near(total(x), want, name, terms=wanted["g"])
         else:
             assert_near(x, want[:, mine], name)
 

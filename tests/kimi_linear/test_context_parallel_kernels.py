@@ -45,19 +45,22 @@ else:
         whole = draw(sum(LENGTHS))
         expected, _ = chunk.chunk_kda(**whole, **ACTIVATIONS, cu_seqlens=bounds)
         grad = torch.randn_like(expected)
-        wanted = torch.autograd.grad(expected, list(whole.values()), grad)
+        grads = torch.autograd.grad(expected, list(whole.values()), grad)
+        wanted = dict(zip(whole, grads, strict=True))
         own = {
             name: (x if x.ndim == 1 else x[:, mine]).detach().clone().requires_grad_()
             for name, x in whole.items()
         }
         o = context_parallel.context_parallel_kda(**own, share=share, **ACTIVATIONS)
         assert_near(o, expected[:, mine], "o")
-        for name, x, y in zip(
-            own, torch.autograd.grad(o, list(own.values()), grad[:, mine]), wanted, strict=True
-        ):
-            if y.ndim == 1:
+        grads = torch.autograd.grad(o, list(own.values()), grad[:, mine])
+        for (name, want), x in zip(wanted.items(), grads, strict=True):
+            if x.ndim == 1:
                 dist.all_reduce(x)
-            assert_near(x, y if y.ndim == 1 else y[:, mine], name)
+                # With gates this slow, A_log's and dt_bias's gradients are sums of g's.
+                assert_near(x, want, name, terms=wanted["g"])
+            else:
+                assert_near(x, want[:, mine], name)
 
     def run_rank(rank: int, rendezvous: str, seed: int) -> None:
         torch.set_num_threads(1)
