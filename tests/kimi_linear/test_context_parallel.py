@@ -52,7 +52,7 @@ ACTIVATIONS = {
 def assert_near(
     actual: torch.Tensor, expected: torch.Tensor, what: str, terms: torch.Tensor | None = None
 ) -> None:
-    """Check the error's norm against that of `expected`, or of the `terms` of a sum in which they may cancel."""
+    """Check the error's norm against that of `expected`, or of the `terms` that may cancel in its sums."""
     tolerance = 1e-10 if expected.dtype == torch.float64 else 2e-5
     size = expected.norm() if terms is None else torch.maximum(expected.norm(), terms.norm())
     error = float((actual - expected).detach().norm() / size.detach().clamp(min=1e-6))
