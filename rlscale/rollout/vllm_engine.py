@@ -61,7 +61,6 @@ def start_engine(
     cache_gib: float,
     planted_contexts: bool = False,
     sleeps: bool = False,
-    step_by_step: bool = False,
     tensor_parallel_size: int = 1,
 ) -> Any:
     """vLLM's own engine with weights that mean nothing yet.
@@ -70,8 +69,6 @@ def start_engine(
         model, dtype, context, max_num_seqs, cache_gib, tensor_parallel_size: as for `VLLMEngine`.
         sleeps: let the engine give up its memory and take it back; needs a GPU.
         planted_contexts: take contexts for computed where a request's name asks it; see `rollout.planted`.
-        step_by_step: begin no step before the last one's tokens are known. A step under way while weights
-            change would have its tokens labelled with the new version.
 
     Returns:
         `vllm.v1.engine.llm_engine.LLMEngine`.
@@ -137,8 +134,6 @@ def start_engine(
         "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else None,
     }
     arguments |= _cpu_arguments(context) if on_cpu else _gpu_arguments(cache_bytes)
-    if step_by_step:
-        arguments["async_scheduling"] = False
     with tempfile.TemporaryDirectory(prefix="rlscale-model-") as folder:
         # As vLLM wants to see a model, but without weights: those come through `load_weights`.
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(released_config(model)))
@@ -248,13 +243,13 @@ class VLLMEngine(RolloutEngine):
         self._sleep_level = sleep_level
         self._ranks = tensor_parallel_size
         self._stop_token_ids = stop_token_ids(model)
+        self._finished: list[FinishedGroup] = []  # that the next step will return
         self._engine: Any = start_engine(
             model,
             dtype,
             context,
             max_num_seqs,
             cache_gib,
-            step_by_step=in_flight != "refuse",
             sleeps=bool(sleep_level),
             tensor_parallel_size=tensor_parallel_size,
         )
@@ -294,6 +289,10 @@ class VLLMEngine(RolloutEngine):
 
     def step(self) -> list[FinishedGroup]:
         """See `RolloutEngine.step`."""
+        finished, self._finished = self._finished, []
+        return finished + self._step()
+
+    def _step(self) -> list[FinishedGroup]:
         with self._dying_with_ranks():
             outputs = self._engine.step()
         return [
@@ -301,14 +300,30 @@ class VLLMEngine(RolloutEngine):
             for output in outputs
         ]
 
+    def _finish_steps(self) -> None:
+        """Waits for the tokens of steps under way; without, the next weights' version would label them.
+
+        vLLM prepares a step on the host while the GPU computes the last one, so there may be one.
+        """
+        from vllm.v1.core.sched.interface import PauseState
+
+        core = self._engine.engine_core.engine_core
+        core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        while core.batch_queue:
+            self._finished += self._step()
+        core.scheduler.set_pause_state(PauseState.UNPAUSED)
+
     @property
     def unfinished(self) -> int:
         """See `RolloutEngine.unfinished`."""
-        return self._engine.get_num_unfinished_requests()
+        waiting = sum(len(group.completions) for group in self._finished)
+        return waiting + self._engine.get_num_unfinished_requests()
 
     def abort(self, keys: Iterable[int]) -> None:
         """See `RolloutEngine.abort`."""
-        self._engine.abort_request([str(key) for key in keys])
+        forgotten = set(keys)
+        self._finished = [group for group in self._finished if group.key not in forgotten]
+        self._engine.abort_request([str(key) for key in forgotten])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
@@ -330,6 +345,7 @@ class VLLMEngine(RolloutEngine):
 
     def _replace(self, call: Callable[[Any, Any], list[Exception]], source: Any, version: int) -> None:
         self.check_in_flight(self._in_flight)
+        self._finish_steps()
         with self._dying_with_ranks():
             answers = self._engine.collective_rpc(call, args=(source,))
         for errors in answers:

@@ -250,7 +250,7 @@ def test_a_ranks_death_that_a_call_meets_first_ends_the_engine_and_other_errors_
     executor = SimpleNamespace(is_failed=dead)
     core = SimpleNamespace(engine_core=SimpleNamespace(model_executor=executor))
     engine = object.__new__(VLLMEngine)
-    engine._ranks = 2
+    engine._ranks, engine._finished = 2, []
     engine._engine = SimpleNamespace(step=fails, collective_rpc=fails, engine_core=core)
     died: list[bool] = []
     monkeypatch.setattr("rlscale.rollout.vllm_engine._die_with_a_rank", lambda: died.append(True))
