@@ -175,7 +175,7 @@ else:
     def test_a_scan_without_output_gives_what_a_sequence_makes_of_any_state() -> None:
         shape = (1, 150, 1, 64)
         x = {name: torch.randn(shape).bfloat16().float() for name in "qkvg"}
-        beta, a_log, dt_bias = torch.randn(shape[:3]), torch.rand(1), torch.randn(64) - 3
+        beta, a_log, dt_bias = torch.randn(shape[:3]), torch.rand(1), torch.randn(64) - 5  # a slow gate
         bounds = torch.tensor([0, 20, 150])
         p = chunk.new_problem(x["q"], x["v"], bounds, None, True, True, True, None)
         prepared = chunk.prepare(p, x["q"], x["k"], x["g"], beta, a_log, dt_bias)
