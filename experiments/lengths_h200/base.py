@@ -1,9 +1,9 @@
 """The policies that the runs of lengths_h200.yaml and hybrid_ratio.yaml start from, one for each length.
 
-    python experiments/lengths_h200/base.py hybrid 1024 -o runs/countdown_base/hybrid_1024
+    python experiments/lengths_h200/base.py hybrid 2048 -o runs/countdown_base
 
 Supervised training from random weights on countdowns of 256 tokens, then of twice as many, up to the length
-asked for; each time until the policy is sometimes right.
+asked for; each time until the policy is sometimes right, and leaves a checkpoint: hybrid_256, hybrid_512.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ LOOKED_AT = 32  # validation problems behind a pass rate
 
 def main(
     architecture: Annotated[Architecture, typer.Argument(help="As `architecture` of a run.")],
-    length: Annotated[int, typer.Argument(help="Required length of the answers, in tokens.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")],
+    length: Annotated[int, typer.Argument(help="Longest required answers, in tokens.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoints' folders.")],
     preset: Annotated[str, typer.Option(help="Shape of the hybrid.")] = "small",
     first: Annotated[int, typer.Option(help="Length to begin with.")] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens of a step, about.")] = 16384,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
     target: Annotated[float, typer.Option(help="Pass rate to stop at.")] = 0.25,
     every: Annotated[int, typer.Option(help="Steps between two looks at the pass rate.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Save what there is after so many.")] = 600,
+    seconds: Annotated[float, typer.Option(help="Save what there is after so many, and stop.")] = 600,
 ) -> None:
-    """Train, and leave a checkpoint in the released format with the curve of pass rates beside it."""
+    """Train, and leave checkpoints in the released format with the curve of pass rates beside each."""
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -95,13 +95,16 @@ def main(
             step += 1
             optimizer.step(optimizer.learning_rate(step), loss)
             optimizer.zero_grad()
+        folder = output / f"{architecture}_{now}"
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(
+            folder, state_dict={name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
+        )
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "base.json", {"tokens": tokens, "rate": rate, "target": target, "curve": curve})
         if curve[-1][3] >= seconds:
-            print(f"{architecture}, {length}: time is over at {now} tokens", flush=True)
+            print(f"{architecture}: time is over at {now} of {length} tokens", flush=True)
             break
-    output.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    write_json(output / "base.json", {"tokens": tokens, "rate": rate, "target": target, "curve": curve})
 
 
 def lengths(first: int, last: int) -> Iterator[int]:
