@@ -308,6 +308,8 @@ class VLLMEngine(RolloutEngine):
         from vllm.v1.core.sched.interface import PauseState
 
         core = self._engine.engine_core.engine_core
+        if not core.batch_queue:
+            return
         core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
         while core.batch_queue:
             self._finished += self._step()
