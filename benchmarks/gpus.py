@@ -4,13 +4,14 @@
 
 - link: GB/s of broadcasts and all-gathers, which is what weight sync can reach.
 - learner: one training step of a learner that its ranks share (FSDP2) against the same step on one GPU: how
-  far gradients and weights differ, relative to the norm of the gradient and of the step; then seconds of a
-  step in bfloat16.
+  far gradients and weights differ, relative to the norm of the gradient and of the step; then, once both
+  architectures have been compared, seconds of a step in bfloat16.
 - context: KDA of one sequence that 2, 4, ... up to all ranks share along its tokens against one GPU that has
   it whole: forward, forward and backward, and relative errors of output and gradients.
 
 Without names all three. Without GPUs everything is small and goes over gloo, for a trial. The file is written
-again after every case; a part that fails says so in it.
+again after every case; a part that fails says so in it. Rank 0 prints what it is about to do, with the
+seconds since it was started, so that a run cut short says how far it came.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from rlscale.learner.ranks import Ranks, free_address
 from rlscale.models import model_config
 
 Case = dict[str, Any]
+# Of this process, its imports behind it.
+STARTED = time.perf_counter()
 MIB = 1 << 20
 # How many tensors as large as q KDA holds at its peak, inputs and outputs with it.
 FORWARD_TENSORS, TRAINED_TENSORS = 11, 25
@@ -60,7 +63,8 @@ class Sizes:
     Args:
         bytes: of the messages that the link is measured with.
         model: preset that the learner trains.
-        sequences, mean_length, longest: of its batch.
+        compared, timed: lengths of the batches that it is compared and timed with, as sequences, mean and
+            longest.
         heads, head_dim: of the KDA layer.
         tokens: of the sequences that the ranks share; outputs are compared at the first.
         repeats: timings to take the median of.
@@ -68,9 +72,8 @@ class Sizes:
 
     bytes: tuple[int, ...]
     model: str
-    sequences: int
-    mean_length: int
-    longest: int
+    compared: tuple[int, int, int]
+    timed: tuple[int, int, int]
     heads: int
     head_dim: int
     tokens: tuple[int, ...]
@@ -80,15 +83,14 @@ class Sizes:
 GPU = Sizes(
     bytes=(32 * MIB, 128 * MIB, 1024 * MIB),
     model="small",
-    sequences=32,
-    mean_length=1024,
-    longest=4096,
+    compared=(8, 512, 1024),
+    timed=(32, 1024, 4096),
     heads=32,
     head_dim=128,
     tokens=(1 << 17, 1 << 18, 1 << 19, 1 << 20),
     repeats=5,
 )
-CPU = Sizes((MIB,), "tiny", 4, 10, 20, 2, 16, (128, 256), 1)
+CPU = Sizes((MIB,), "tiny", (4, 10, 20), (4, 10, 20), 2, 16, (128, 256), 1)
 
 
 def rank_main(rank: int, ranks: int, address: str, names: list[str], sizes: Sizes, output: Path) -> None:
@@ -99,20 +101,27 @@ def rank_main(rank: int, ranks: int, address: str, names: list[str], sizes: Size
     else:
         torch.set_num_threads(1)
     device = torch.device("cuda" if on_gpus else "cpu")
+    say(rank, f"rank 0 of {ranks} meets the others")
     team = Ranks.join(address, rank, ranks, device)
     results = Results(output if rank == 0 else None, {"ranks": ranks})
     for name in names:
+        say(rank, name)
         try:
             for case in PARTS[name](team, device, sizes):
                 case = {"part": name, "ranks": ranks, **case}
                 results.add(case)
-                if rank == 0:
-                    print(shown(case), flush=True)
+                say(rank, shown(case))
         except Exception as error:  # what was measured before and what comes after is worth having
             traceback.print_exc()
             results.add({"part": name, "ranks": ranks, "error": f"{type(error).__name__}: {error}"})
         release()
     dist.destroy_process_group()
+
+
+def say(rank: int, what: str) -> None:
+    """What rank 0 does next, or has found."""
+    if rank == 0:
+        print(f"{time.perf_counter() - STARTED:.1f} s: {what}", flush=True)
 
 
 def shown(case: Case) -> str:
@@ -157,19 +166,19 @@ def link(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
 
 
 def learner(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
-    """A step shared by all ranks against the same step on rank 0 alone."""
-    for architecture in ("hybrid", "mla"):
-        shape = model_config(ModelConfig(preset=sizes.model), architecture)
-        lengths = ragged_lengths(sizes.sequences, sizes.mean_length, sizes.longest)
-        yield {
-            "architecture": architecture,
-            "dtype": "float32",
-            **step_differences(shape, lengths, team, device),
-        }
+    """A step shared by all ranks against the same step on rank 0 alone: differences first, then seconds."""
+    shapes = {name: model_config(ModelConfig(preset=sizes.model), name) for name in ("hybrid", "mla")}
+    for architecture, shape in shapes.items():
+        say(team.rank, f"{architecture}, float32: one step alone, the same step shared")
+        differences = step_differences(shape, ragged_lengths(*sizes.compared), team, device)
+        yield {"architecture": architecture, "dtype": "float32", **differences}
         release()
+    lengths = ragged_lengths(*sizes.timed)
+    for architecture, shape in shapes.items():
         rollouts = ragged_rollouts(shape, lengths)
         tokens = sum(len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts)
         for size in (1, team.size):
+            say(team.rank, f"{architecture}, bfloat16: steps by {size}")
             ours = built(shape, torch.bfloat16, lengths, device)
             ours.shard(team if size > 1 else Ranks())
             step = partial(ours.train_step, rollouts, 1.0) if team.rank < size else idle
@@ -187,7 +196,8 @@ def learner(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
 
 def built(shape: KimiLinearConfig, dtype: torch.dtype, lengths: list[int], device: torch.device) -> Learner:
     """A learner of random weights, whose micro-batches hold two of the longest sequences."""
-    model = random_policy(shape, 0).to(device, dtype).train()
+    with device:  # where random weights are drawn in no time
+        model = random_policy(shape, 0).to(dtype).train()
     config = LearnerConfig(tokens_per_micro_batch=2 * max(lengths) + 64, warmup_steps=0)
     return Learner(model, config, GRPOConfig(), seed=0)
 
@@ -205,15 +215,19 @@ def step_differences(shape: KimiLinearConfig, lengths: list[int], team: Ranks, d
         case: Case = {}
         if team.rank == 0:
             ours = built(shape, torch.float32, lengths, device)
+            say(0, "alone: built")
             before = {key: x.detach().cpu().clone() for key, x in ours.named_weights()}
             expected = ours.train_step(rollouts, 1.0)
+            say(0, "alone: stepped")
             ours.save(alone)
             del ours
             release()
         dist.barrier()
         ours = built(shape, torch.float32, lengths, device)
         ours.shard(team)
+        say(team.rank, "shared: built and sharded")
         found = ours.train_step(rollouts, 1.0)
+        say(team.rank, "shared: stepped")
         ours.save(shared)
         if team.rank == 0:
             weights = [saved(folder, "model*.safetensors", "") for folder in (alone, shared)]
@@ -395,6 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus and chosen.ranks > torch.cuda.device_count():
         parser.error(f"--ranks {chosen.ranks} needs as many GPUs, there are {torch.cuda.device_count()}")
+    print(f"starting {chosen.ranks} ranks", flush=True)
     multiprocessing.spawn(
         rank_main,
         (chosen.ranks, free_address(), chosen.parts or list(PARTS), GPU if on_gpus else CPU, chosen.output),

@@ -20,7 +20,6 @@ from rlscale.algorithms import AlgorithmConfig
 from rlscale.config import Architecture, ModelConfig
 from rlscale.errors import UserError
 from rlscale.rollout.interruption import Interruption
-from rlscale.tasks import build_tokenizer, encode_text
 
 
 def model_config(config: ModelConfig, architecture: Architecture) -> KimiLinearConfig:
@@ -73,6 +72,9 @@ def _has_ratio(config: KimiLinearConfig, kda_layers: int) -> bool:
 
 def tokenizer_for(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, or the characters that the presets' vocabulary of 128 stands for."""
+    # Not at the top: tasks bring packages that whoever wants a model's shape alone does without.
+    from rlscale.tasks import build_tokenizer
+
     if config.checkpoint is not None and (config.checkpoint / "tokenizer_config.json").exists():
         return AutoTokenizer.from_pretrained(config.checkpoint)
     return build_tokenizer()
@@ -98,6 +100,8 @@ def interruption_of(algorithm: AlgorithmConfig, tokenizer: PreTrainedTokenizerBa
     Raises:
         UserError: the text has a character without a token.
     """
+    from rlscale.tasks import encode_text
+
     config = algorithm.interruption
     if not config.answer_tokens:
         return None

@@ -20,6 +20,8 @@ def test_two_ranks_measure_link_learner_and_context_and_agree_with_one(tmp_path:
         assert 0 < case["gradient_error"] < 1e-5
         assert max(case["loss_error"], case["grad_norm_error"]) < 1e-5
         assert case["weight_error"] < 1e-3
+    learned = ["gradient_error" in case for case in cases if case["part"] == "learner"]
+    assert learned == sorted(learned, reverse=True), "timed before all were compared"
     timed = [case for case in cases if "step_s" in case]
     assert [case["learners"] for case in timed] == [1, 2, 1, 2]
     first, second = (case for case in cases if case["part"] == "context")
@@ -35,7 +37,7 @@ def test_a_part_that_fails_says_so_and_the_next_one_follows(
 ) -> None:
     out = tmp_path / "gpus.json"
     odd = 3  # tokens that two ranks cannot share
-    monkeypatch.setattr(gpus, "CPU", gpus.Sizes((64,), "tiny", 1, 1, 1, 1, 4, (odd,), 1))
+    monkeypatch.setattr(gpus, "CPU", gpus.Sizes((64,), "tiny", (1, 1, 1), (1, 1, 1), 1, 4, (odd,), 1))
     gpus.main(["context", "link", "--ranks", "2", "--output", str(out)])
     parts = [(case["part"], "error" in case) for case in json.loads(out.read_text())["cases"]]
     assert parts == [("context", True), ("link", False), ("link", False)]
