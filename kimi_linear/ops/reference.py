@@ -65,3 +65,35 @@ def recurrent_kda(
         o, state = recurrent_step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state, scale)
         outputs.append(o)
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)), state
+
+
+def beta_gradient_terms(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float,
+    state: torch.Tensor,
+    o_grad: torch.Tensor,
+    state_grad: torch.Tensor,
+) -> torch.Tensor:
+    """What each value channel adds to beta's gradient.
+
+    The terms have both signs and may cancel: beside their sum alone, an error of it may look large. No
+    channel sees another, so each is a head of its own here, with its own beta.
+
+    Args:
+        q, k, v, g, beta, scale, state: as `recurrent_kda` takes them.
+        o_grad, state_grad: gradients of its two results, in their shapes.
+
+    Returns:
+        [N, T, HV, V], without gradients of their own.
+    """
+    heads, channels = v.shape[2:]
+    q, k, g, beta = (x.detach().repeat_interleave(channels, 2) for x in (q, k, g, beta))
+    v, o_grad = (x.detach().flatten(2).unsqueeze(-1) for x in (v, o_grad))
+    state, state_grad = (x.detach().mT.flatten(1, 2).unsqueeze(-1) for x in (state, state_grad))
+    with torch.enable_grad():
+        results = recurrent_kda(q, k, v, g, beta.requires_grad_(), scale, state)
+    return torch.autograd.grad(results, beta, (o_grad, state_grad))[0].unflatten(2, (heads, channels))

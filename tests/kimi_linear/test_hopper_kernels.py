@@ -32,10 +32,6 @@ else:
     # What the Hopper kernels take of the portable ones' constants.
     SHARED = ("HV", "K", "VARLEN", "GATE", "BETA_SIGMOID", "NORMALIZE")
 
-    @pytest.fixture(autouse=True)
-    def _fresh_seed() -> None:
-        print("torch.manual_seed:", torch.seed())
-
     class BothKernels:
         """Launches the portable kernel, then the Hopper kernel on the same inputs, rounded to bfloat16, and
         compares what they wrote.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_linear.ops import chunk_kda, fused_recurrent_kda, kda_gate, l2_normalize, recurrent_step
-from kimi_linear.ops.reference import recurrent_kda
+from kimi_linear.ops.reference import beta_gradient_terms, recurrent_kda
 
 Inputs = dict[str, torch.Tensor]
 
@@ -61,11 +61,14 @@ def oracle(
     return torch.cat(outputs, 1), torch.cat(states)
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative root mean square error."""
+def error(actual: torch.Tensor, expected: torch.Tensor, typical: float = 0.0) -> float:
+    """Root mean square error, relative to that of `expected`, or to `typical` where that is larger: of few
+    numbers, sums of both signs, all may happen to be small.
+    """
     assert actual.shape == expected.shape
     difference = (actual.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(1e-30))
+    least = max(typical * expected.numel() ** 0.5, 1e-30)
+    return float(difference / expected.double().norm().clamp_min(least))
 
 
 def test_the_recurrence_is_the_papers_equation() -> None:
@@ -99,10 +102,12 @@ def test_both_forms_equal_the_float64_recurrence_on_any_packing(
     cu_seqlens = boundaries(lengths)
     state = draw_state(len(lengths), inputs)
     expected_o, expected_state = oracle(inputs, cu_seqlens, state)
+    # Unit keys and queries, values and states of size 1: so large are a key's channels and what is read.
+    typical = key_dim**-0.5
     for form in (chunk_kda, fused_recurrent_kda):
         o, final = form(**inputs, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
-        assert error(o, expected_o) < 1e-5
-        assert error(final, expected_state) < 1e-5
+        assert error(o, expected_o, typical) < 1e-5
+        assert error(final, expected_state, typical) < 1e-5
 
 
 def collinear_keys(inputs: Inputs) -> None:
@@ -186,6 +191,19 @@ def test_gradients_equal_those_of_the_float64_recurrence(make_hard: object) -> N
         gradients.append({**{name: x.grad for name, x in leaves.items()}, "state": initial.grad})
     for name, gradient in gradients[0].items():
         assert error(gradient, gradients[1][name]) < 5e-5, name
+
+
+def test_the_terms_of_betas_gradient_add_up_to_it() -> None:
+    inputs = draw(9, batch=2, key_dim=5, value_dim=7, dtype=torch.float64)
+    state = draw_state(2, inputs)
+    inputs["beta"].requires_grad_()
+    results = recurrent_kda(**inputs, scale=0.5, state=state)
+    grads = [torch.randn_like(x) for x in results]
+    (gradient,) = torch.autograd.grad(results, inputs["beta"], grads)
+    terms = beta_gradient_terms(**inputs, scale=0.5, state=state, o_grad=grads[0], state_grad=grads[1])
+    assert terms.shape == inputs["v"].shape
+    assert error(terms.sum(-1), gradient) < 1e-12
+    assert terms.norm() > 0.1 * gradient.norm()
 
 
 def test_gradcheck_passes_through_every_activation() -> None:
