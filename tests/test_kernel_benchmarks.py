@@ -188,10 +188,10 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_check_passes_a_right_kernel_and_says_what_it_found(tmp_path: Path) -> None:
     results = timing.Results(tmp_path / "errors.json")
     assert kda_check.check(results, Inline())
-    cases = read(tmp_path / "errors.json")
-    assert [case["case"] for case in cases[:2]] == ["far addresses", "bits"]
+    cases = {case["case"]: case for case in read(tmp_path / "errors.json")}
+    assert {"far addresses", "bits"} < set(cases)
     assert len(cases) == 2 + len(kda_check.DECODE_SIZES) + 3
-    assert all("beta" in case["errors"] for case in cases[-3:])
+    assert all("beta" in cases[name]["errors"] for name, *_ in kda_check.CASES)
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -202,7 +202,37 @@ def test_the_check_names_what_is_out_of_tolerance(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(kda_check, "chunk_kda", wrong)
     assert not kda_check.check(timing.Results(tmp_path / "errors.json"), Inline())
-    assert "state" in read(tmp_path / "errors.json")[-1]["out_of_tolerance"]
+    cases = {case["case"]: case for case in read(tmp_path / "errors.json")}
+    assert all("state" in cases[name]["out_of_tolerance"] for name, *_ in kda_check.CASES)
+
+
+@pytest.mark.usefixtures("few_cases")
+def test_the_check_names_what_has_no_result_when_its_time_is_over(tmp_path: Path) -> None:
+    class Slow(Inline):
+        def submit(self, call: Callable, *arguments: object) -> Future:  # type: ignore[override]
+            return Future() if call is kda_check.far_addresses else super().submit(call, *arguments)
+
+    assert not kda_check.check(timing.Results(tmp_path / "errors.json"), Slow(), limit_s=0.1)
+    *others, last = read(tmp_path / "errors.json")
+    assert last["cases"] == ["far addresses"]
+    assert len(others) == 1 + len(kda_check.DECODE_SIZES) + 3
+
+
+def test_betas_error_is_judged_by_its_terms_where_these_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (1, 40, 1, 1, 16, 16)
+
+    def errors(by_terms: bool) -> dict[str, float]:
+        torch.manual_seed(0)
+        return kda_check.Case(shape, **kda_check.COLLINEAR, by_terms=by_terms).errors()
+
+    by_norm, by_terms = errors(False), errors(True)
+    assert by_norm.pop("beta") >= by_terms.pop("beta") > 0
+    assert by_norm == by_terms
+    monkeypatch.setattr(kda_check.Case, "beta_terms", lambda *_: 1e9)
+    assert errors(True)["beta"] < 1e-9
+    few, many = (kda_check.Case(shape, by_terms=by_terms) for by_terms in (True, False))
+    assert few.too_large({"beta": 0.0055}) == ["beta"]
+    assert many.too_large({"beta": 0.0055}) == []
 
 
 @pytest.mark.usefixtures("few_cases")
@@ -216,10 +246,11 @@ def test_the_check_goes_on_past_a_case_that_fails(tmp_path: Path) -> None:
             return future
 
     assert not kda_check.check(timing.Results(tmp_path / "errors.json"), Failing())
-    first, *others = read(tmp_path / "errors.json")
-    assert "does not compile" in first["error"]
-    assert len(others) == 1 + len(kda_check.DECODE_SIZES) + 3
-    assert not any(case["out_of_tolerance"] for case in others)
+    cases = read(tmp_path / "errors.json")
+    failed = [case for case in cases if case["out_of_tolerance"]]
+    assert [case["case"] for case in failed] == ["far addresses"]
+    assert "does not compile" in failed[0]["error"]
+    assert len(cases) == 2 + len(kda_check.DECODE_SIZES) + 3
 
 
 def test_a_sanitizers_run_launches_every_kernel_of_a_layer() -> None:
