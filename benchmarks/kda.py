@@ -122,12 +122,21 @@ def short(tokens: int) -> torch.Tensor:
     return torch.tensor(ends, device=timing.DEVICE)
 
 
-PACKINGS = {"uniform": None, "ragged, doubling lengths": doubling, "ragged, 1 to 200 tokens": short}
+# The one whose states do not start from zero: on Hopper another kernel scans them forwards.
+GIVEN_STATES = "uniform, from given states"
+PACKINGS = {
+    "uniform": None,
+    GIVEN_STATES: None,
+    "ragged, doubling lengths": doubling,
+    "ragged, 1 to 200 tokens": short,
+}
 # Packing, batch, tokens, heads: those with targets of their own first, those that compile anew last.
 SHAPES = (
-    *(("uniform", 1, tokens, 32) for tokens in (8192, 1024, 4096, 32768, 512, 2048, 131072)),
+    ("uniform", 1, 8192, 32),
+    (GIVEN_STATES, 1, 8192, 32),
+    *(("uniform", 1, tokens, 32) for tokens in (1024, 4096, 32768, 512, 2048, 131072)),
     ("uniform", 8, 2048, 32),
-    *((packing, 1, 8192, 32) for packing in PACKINGS if packing != "uniform"),
+    *((packing, 1, 8192, 32) for packing in PACKINGS if packing.startswith("ragged")),
     *(("uniform", 1, 8192, heads) for heads in (16, 96)),
 )
 LONGEST_ATTENTION = 32768
@@ -176,7 +185,10 @@ class Measurement:
         def time_shape(kernel: Callable) -> tuple[float, int]:
             boundaries = PACKINGS[packing]
             cu_seqlens = None if boundaries is None else boundaries(tokens)
-            return time_kernel(one_call(kernel, layer_inputs(tokens, heads, batch), backward, cu_seqlens))
+            inputs = layer_inputs(tokens, heads, batch)
+            if packing == GIVEN_STATES:
+                inputs["initial_state"] = torch.randn(batch, heads, HEAD_DIM, HEAD_DIM, device=timing.DEVICE)
+            return time_kernel(one_call(kernel, inputs, backward, cu_seqlens))
 
         timed = self.attempt(case, "ours", lambda: time_shape(chunk_kda))
         if timed is not None:

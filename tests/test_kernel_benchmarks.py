@@ -71,6 +71,23 @@ def test_a_run_measures_every_case_beside_its_peer(monkeypatch: pytest.MonkeyPat
     assert not [key for case in cases for key in case if key.endswith("_error")]
 
 
+def test_states_are_given_in_the_case_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = []
+
+    def watched(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(arguments.get("initial_state"))
+        return chunk_kda(**arguments)
+
+    monkeypatch.setattr(kda, "chunk_kda", watched)
+    measurement = kda.Measurement(timing.Results(tmp_path / "kda.json"), attention=False)
+    for backward in (False, True):
+        measurement.shape(backward, kda.GIVEN_STATES, 2, 8, 3)
+        assert given[-1].shape == (2, 3, 16, 16)
+        assert given[-1].requires_grad == backward
+    measurement.shape(False, "uniform", 2, 8, 3)
+    assert given[-1] is None
+
+
 def test_a_failing_peer_costs_its_own_times_alone(tmp_path: Path) -> None:
     def broken(**_: object) -> None:
         raise RuntimeError("out of registers\nand of patience")
