@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rlscale.scaling.pairs import carry_interval, resampled_log_ratios
+
 _RESAMPLES = 4000
 
 COMPARED = {
@@ -28,7 +30,7 @@ class Crossing:
         length: tokens; 0 where the hybrid is ahead at every length measured, infinite where it is not ahead
             at the longest.
         low, high: 95% paired bootstrap interval over seeds, 0 and infinity meaning the same; None where some
-            length has a single seed.
+            length has fewer than three pairs of seeds, or a seed at 0.
         lengths: shortest and longest length measured.
     """
 
@@ -83,12 +85,9 @@ def _crossing(quantity: str, budget_ratio: float, by_length: dict[int, np.ndarra
     ahead = np.array([np.log(v[:, 0].mean() / v[:, 1].mean()) for v in by_length.values()]) * sign
     length = float(_last_rise(np.log(lengths), ahead[None])[0])
     low = high = None
-    if min(len(values) for values in by_length.values()) > 1:
+    if all(carry_interval(values) for values in by_length.values()):
         rng = np.random.default_rng(0)
-        columns = []
-        for values in by_length.values():
-            means = values[rng.integers(len(values), size=(_RESAMPLES, len(values)))].mean(axis=1)
-            columns.append(sign * np.log(np.maximum(means[:, 0], 1e-9) / np.maximum(means[:, 1], 1e-9)))
+        columns = [sign * resampled_log_ratios(values, _RESAMPLES, rng) for values in by_length.values()]
         drawn = np.sort(_last_rise(np.log(lengths), np.stack(columns, axis=1)))
         # Order statistics, because interpolating between a number and infinity has no meaning.
         low = float(drawn[int(0.025 * _RESAMPLES)])

@@ -230,8 +230,8 @@ def ratio_figure(ratios: Sequence[Ratio]) -> ReportFigure | None:
     return ReportFigure(
         "ratio",
         "Hybrid over full MLA",
-        "Pairs of runs with the same seed; bars are 95% paired bootstrap intervals where there are several. "
-        "Above 1 the hybrid has more.",
+        "Pairs of runs with the same seed; bars are 95% paired bootstrap intervals where there are three or "
+        "more. Above 1 the hybrid has more.",
         plots,
         [_choice("Quantity", (COMPARED[q][0] for q in quantities))],
     )

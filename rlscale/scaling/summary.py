@@ -16,6 +16,7 @@ from rich.table import Table
 from rlscale.errors import UserError
 from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED
+from rlscale.scaling.pairs import carry_interval, resampled_log_ratios
 from rlscale.scaling.style import ARCHITECTURES, SHORT_NAMES
 
 FIELDS = (
@@ -40,8 +41,8 @@ class Ratio:
     Args:
         architecture: the hybrid.
         ratio: mean over the seeds that both architectures have, hybrid's over MLA's.
-        low, high: 95% paired bootstrap interval over those seeds; None with a single seed, which says nothing
-            about the spread.
+        low, high: 95% paired bootstrap interval over those seeds; None with fewer than three, which say too
+            little about the spread, and where one of them is at 0.
         seeds: number of pairs.
     """
 
@@ -109,11 +110,10 @@ def hybrid_to_mla(rows: Iterable[dict[str, Any]]) -> list[Ratio]:
 def _paired_ratio(pairs: np.ndarray) -> tuple[float, float | None, float | None]:
     """Ratio of the column means of `pairs`, shape [seeds, 2], and its 95% bootstrap interval."""
     ratio = float(pairs[:, 0].mean() / pairs[:, 1].mean())
-    if len(pairs) < 2:
+    if not carry_interval(pairs):
         return ratio, None, None
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(_RESAMPLES, len(pairs)))
-    hybrid, mla = pairs[drawn].mean(axis=1).T
-    low, high = np.percentile(hybrid[mla > 0] / mla[mla > 0], [2.5, 97.5])
+    drawn = resampled_log_ratios(pairs, _RESAMPLES, np.random.default_rng(0))
+    low, high = np.exp(np.percentile(drawn, [2.5, 97.5]))
     return ratio, float(low), float(high)
 
 

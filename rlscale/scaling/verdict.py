@@ -109,16 +109,16 @@ def _headline(subject: str, ratios: Sequence[Ratio], crossings: Sequence[Crossin
 
 
 def _undecided(ratio: Ratio) -> bool:
-    """Whether the pairs of seeds leave open who is ahead. One or two say nothing of what training decides;
-    what the machine decides may stand on one."""
-    if ratio.low is None or ratio.high is None or ratio.seeds < 3:
+    """Whether the pairs of seeds leave open who is ahead. Without an interval they say nothing of what
+    training decides; what the machine decides may stand on one."""
+    if ratio.low is None or ratio.high is None:
         return ratio.quantity == "pass_rate_end"
     return ratio.low <= 1 <= ratio.high
 
 
 def _equal(ratio: Ratio) -> bool:
     """Whether the pairs of seeds are the same beyond chance, as caches can be."""
-    by_chance = ratio.quantity == "pass_rate_end" and ratio.seeds < 3
+    by_chance = ratio.quantity == "pass_rate_end" and ratio.low is None
     return ratio.ratio == 1 and ratio.low in (1, None) and ratio.high in (1, None) and not by_chance
 
 
@@ -140,7 +140,9 @@ def _about(hybrid: str, quantity: str, ratio: Ratio, crossing: Crossing | None) 
     name = COMPARED[quantity][0]
     text = f"{name.capitalize()}: {hybrid} / full MLA is {ratio.ratio:.2f}"
     if ratio.low is None:
-        text += f" at {ratio.required_length:,} tokens, from one pair of seeds, so its spread is unknown"
+        pairs = "one pair" if ratio.seeds == 1 else f"{ratio.seeds} pairs"
+        text += f" at {ratio.required_length:,} tokens, from {pairs} of seeds"
+        text += "; an interval takes three above 0"
     else:
         text += f" [{ratio.low:.2f}, {ratio.high:.2f}] at {ratio.required_length:,} tokens"
         text += f" (95% interval over {ratio.seeds} paired seeds)"
@@ -158,7 +160,7 @@ def _about(hybrid: str, quantity: str, ratio: Ratio, crossing: Crossing | None) 
     else:
         text += f"; the hybrid is ahead from about {crossing.length:,.0f} tokens on"
     if crossing.low is None or crossing.high is None:
-        return text + ", without an interval because some length has one seed."
+        return text + ", without an interval because some length has fewer than three seeds above 0."
     if crossing.low == crossing.high:
         return text + "."
     low = "below the shortest" if crossing.low == 0 else f"{crossing.low:,.0f}"

@@ -267,7 +267,7 @@ def test_one_pair_of_seeds_decides_no_pass_rate_and_one_architecture_has_no_verd
     write_sweep(tmp_path / "one", lengths=(32, 64), seeds=(0,), steps=5)
     verdict = report_data([tmp_path / "one"])["verdict"]
     assert "cannot be told from full MLA in final held-out pass rate" in verdict["headline"]
-    assert "from one pair of seeds, so its spread is unknown" in "\n".join(verdict["findings"])
+    assert "from one pair of seeds; an interval takes three above 0" in "\n".join(verdict["findings"])
     assert any("no fit for hybrid at 32 tokens" in text for text in verdict["missing"])
     write_run(tmp_path / "alone", "mla", 32, 0, steps=5)
     alone = report_data([tmp_path / "alone"])
