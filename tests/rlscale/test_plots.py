@@ -365,10 +365,13 @@ def test_a_ratio_over_nothing_is_left_out() -> None:
     assert {r.quantity for r in hybrid_to_mla(rows)} == {"rollout_tokens_per_s", "cache_bytes_per_sequence"}
 
 
-def test_tables_show_gain_and_interval() -> None:
+def test_tables_show_gain_and_interval_in_80_columns() -> None:
     rows = [row(a, s, 100.0 + s + 50 * (a == "mla"), 0.75, 64) for a in ("hybrid", "mla") for s in range(3)]
+    # As wide as a run of a million tokens is.
+    million = row("hybrid_15to1", 0, 12_345.0, 0.75, 1_048_576)
+    million |= {"cache_bytes_per_sequence": 2_433_024_000, "wall_s": 12_345.0}
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table(rows), ratio_table(hybrid_to_mla(rows)))
+    console.print(summary_table([*rows, million]), ratio_table(hybrid_to_mla(rows)))
     text = console.export_text()
     assert "…" not in text
     assert "0.10 → 0.75" in text
