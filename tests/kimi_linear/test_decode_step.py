@@ -12,7 +12,6 @@ SLOTS = 7
 def test_a_decode_step_is_the_layers_own_and_touches_its_slots_alone(
     state_dtype: torch.dtype, padding: int
 ) -> None:
-    print("seed", torch.seed())
     config = preset("tiny", {"hidden_size": 48})
     layer = KimiDeltaAttention(config)
     with torch.no_grad():

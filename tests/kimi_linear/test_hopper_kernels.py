@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     from gluon_interpreter import load_hopper_kernels
+    from gradient_terms import rate_gradient_terms
 
     from kimi_linear.ops.triton import chunk
     from kimi_linear.ops.triton.gradient import gradient_kernel
@@ -41,6 +42,7 @@ else:
             self.portable, self.hopper = portable, hopper
             self.written, self.rounded, self.names, self.rests = written, rounded, names, rests
             self.errors: dict[str, float] = {}
+            self.norms: dict[str, float] = {}
 
         def __getitem__(self, grid):  # type: ignore[no-untyped-def]
             def launch(*arguments, **constants):  # type: ignore[no-untyped-def]
@@ -61,7 +63,8 @@ else:
                         # Chunks that a packed batch does not use are written by neither kernel.
                         used = ~own[i].isnan()
                         error = (own[i].float() - expected)[used].norm()
-                        error /= expected[used].norm().clamp(min=1e-12)
+                        self.norms[name] = float(expected[used].norm().clamp(min=1e-12))
+                        error /= self.norms[name]
                         self.errors[name] = max(float(error), self.errors.get(name, 0.0))
                         assert used.float().mean() > 0.5
 
@@ -88,9 +91,13 @@ else:
         monkeypatch.setattr(chunk, "gradient_kernel", gradient)
         leaves = [x.requires_grad_() for x in inputs.values()]
         o, state = chunk.chunk_kda(**inputs, output_final_state=True, **options)
-        torch.autograd.grad(
-            (o, state), leaves, (torch.randn_like(o).bfloat16().float(), torch.randn_like(state))
-        )
+        o_grad, state_grad = torch.randn_like(o).bfloat16().float(), torch.randn_like(state)
+        grads = dict(zip(inputs, torch.autograd.grad((o, state), leaves, (o_grad, state_grad)), strict=True))
+        if "A_log" in inputs:
+            # One number a chunk and head.
+            gate = (inputs[name] for name in ("g", "A_log", "dt_bias"))
+            terms = rate_gradient_terms(*gate, options["lower_bound"], grads["g"])
+            gradient.errors["rate"] *= min(1.0, gradient.norms["rate"] / float(terms.norm()))
         return prepare.errors, gradient.errors
 
     def new_inputs(tokens: int, heads: int, size: int, activated: bool) -> dict[str, torch.Tensor]:
@@ -126,8 +133,8 @@ else:
         print(prepared, gradients)
         assert max(prepared.values()) < 0.003
         for name, error in gradients.items():
-            # A sum of both signs over many rounded products, down to one number a chunk.
-            assert error < (0.1 if name == "rate" else 0.01)
+            # Errors of few numbers scatter more.
+            assert error < (0.02 if name == "rate" else 0.01), name
 
     class BothScans:
         """Launches the portable scan, then the Hopper scan on the same inputs, rounded to bfloat16."""

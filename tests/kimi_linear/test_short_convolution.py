@@ -110,7 +110,6 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_a_kda_layer_rounds_alike_in_chunks_and_token_by_token() -> None:
-    print("seed", torch.seed())
     config = preset("tiny")
     layer = KimiDeltaAttention(config)
     for parameter in layer.parameters():

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from gradient_terms import rate_gradient_terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,9 +84,7 @@ else:
         return torch.cat(outputs, 1), torch.cat(states)
 
     def norms_of_terms(inputs, o_grad, state_grad, g_grad, lower_bound=None, **options):  # type: ignore[no-untyped-def]
-        """Of the gradients that are sums of both signs, one number a head or a token and head: the norms of
-        what they add up. Few such sums may all come near zero.
-        """
+        """Of the gradients that are one number a token or a head: the norms of what they add up."""
         parts, tokens = sequences_of(inputs, lower_bound=lower_bound, **options)
         state_grads = state_grad.split(len(state_grad) // len(parts))
         terms = [
@@ -97,15 +96,8 @@ else:
         if options.get("activated"):
             return {"beta": float(terms.norm())}
         beta = inputs["beta"].detach().double().sigmoid().unsqueeze(-1)
-        f, a_log, bias = (inputs[name].detach().double() for name in ("g", "A_log", "dt_bias"))
-
-        def gate(f: torch.Tensor, a_log: torch.Tensor) -> torch.Tensor:
-            return kda_gate(f, a_log, bias, lower_bound)
-
-        zero, one = torch.zeros_like, torch.ones_like
-        slope = torch.func.jvp(gate, (f, a_log), (one(f), zero(a_log)))[1]
-        by_rate = torch.func.jvp(gate, (f, a_log), (zero(f), one(a_log)))[1]
-        rate_terms = torch.where(slope == 0, 0.0, g_grad / slope) * by_rate
+        gate = (inputs[name] for name in ("g", "A_log", "dt_bias"))
+        rate_terms = rate_gradient_terms(*gate, lower_bound, g_grad)
         return {"beta": float((terms * beta * (1 - beta)).norm()), "A_log": float(rate_terms.norm())}
 
     def check(inputs, tolerance=1e-5, **options):  # type: ignore[no-untyped-def]
