@@ -93,7 +93,7 @@ def scaling_curves(curves: Sequence[FittedCurve]) -> Figure | None:
     handles.append(Line2D([], [], color=GREY, ls=(0, (3, 2)), lw=1.1, label="extrapolated"))
     handles.append(Line2D([], [], color=GREY, ls=POWER_LAW_LINE, lw=0.9, label="power law"))
     if checked:
-        label = "held out from the fit"
+        label = "held out from the lines, not from A"
         handles.append(Line2D([], [], color=GREY, marker="o", fillstyle="none", ls="", label=label))
     handles.append(Patch(color=GREY, alpha=0.25, lw=0, label="95% band"))
     place_legend(figure, handles)

@@ -16,6 +16,9 @@ from rlscale.scaling import style
 from rlscale.scaling.series import Cell, Cells, curve
 from rlscale.scaling.style import ARCHITECTURES, GREY, Look
 
+_ROW_CHARACTERS = 108  # of a legend on a page's width, each handle with its gaps as wide as six
+_HANDLE_CHARACTERS = 6
+
 CLAIM_LINES = ((0, (1, 1.5)), (0, (5, 1, 1, 1)))
 """Dashes of the lines that say what a paper claims."""
 
@@ -73,8 +76,9 @@ def legend(
 
 
 def place_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """Above the panels: one row on a page's width, two or three columns on a column's."""
-    columns = len(handles)
+    """Above the panels: as few rows as a page's width allows, two or three columns on a column's."""
+    characters = sum(len(h.get_label()) + _HANDLE_CHARACTERS for h in handles)
+    columns = -(-len(handles) // -(-characters // _ROW_CHARACTERS))
     if figure.get_figwidth() < 0.7 * style.PAGE_WIDTH:
         longest = max(len(h.get_label()) for h in handles)
         columns = 3 if longest < 12 else 2 if longest < 30 else 1

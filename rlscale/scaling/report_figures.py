@@ -19,7 +19,7 @@ from rlscale.scaling.series import (
     over_steps,
     step_phases,
 )
-from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, SHORT_NAMES, Claims, short_number
+from rlscale.scaling.style import ARCHITECTURES, GREY, PHASES, SHORT_NAMES, Claims, apart, short_number
 from rlscale.scaling.summary import Ratio
 
 _SYMBOLS = {
@@ -81,8 +81,8 @@ def pass_rates(cells: Cells, curves: dict[str, list[FittedCurve]]) -> ReportFigu
         "pass_rates",
         "Held-out pass rate",
         "Points are evaluations of single seeds. Lines are fitted sigmoids with their 95% bands, dashed "
-        "where they extrapolate; hollow points were held out from the fit. Dotted: power laws fitted to the "
-        "same points, for contrast.",
+        "where they extrapolate; hollow points were held out from the lines, and not from A, which is of all "
+        "points. Dotted: power laws fitted to the same points as the lines, for contrast.",
         plots,
         [_choice("Length", _labels(shown)), _choice("Against", AXES.values())],
         wide=True,
@@ -98,12 +98,15 @@ def fit_parameters(curves: Sequence[FittedCurve]) -> ReportFigure | None:
     plots = {}
     for i, (name, title) in enumerate(names.items()):
         data = []
-        for architecture in _present(fitted):
+        present = _present(fitted)
+        for place, architecture in enumerate(present):
             mine = [c for c in fitted if c.architecture == architecture]
-            rows = [(c.cell.required_length, getattr(c.fit, name)) for c in mine]
+            shift = apart(place, len(present))
+            rows = [(c.cell.required_length * shift, getattr(c.fit, name)) for c in mine]
             data.append(
                 _line(architecture, [length for length, _ in rows], [e.value for _, e in rows])
                 | {"error_y": _errors([(e.value, e.low, e.high) for _, e in rows])}
+                | {"text": [f"{c.cell.required_length:,} tokens" for c in mine], "hoverinfo": "name+text+y"}
             )
         ends = [end for c in fitted for end in (getattr(c.fit, name).low, getattr(c.fit, name).high)]
         scale = {"range": [0, 1.05]} if name == "A" else _log_axis(ends)
@@ -130,7 +133,7 @@ def crossing(found: Sequence[Crossing]) -> ReportFigure | None:
     for c in found:
         at = float(np.clip(c.length, left, right))
         name = COMPARED[c.quantity][0] + (f", budget × {c.budget_ratio:g}" if several else "")
-        where = {0.0: "ahead at every length", np.inf: "not ahead at the longest"}
+        where = {0.0: "at every length", np.inf: "not at the longest"}
         marker = {0.0: "triangle-left", np.inf: "triangle-right"}
         trace: dict[str, Any] = {"x": [at], "y": [name], "mode": "markers+text", "showlegend": False}
         trace["text"] = [where.get(c.length, f"{c.length:,.0f} tokens")]

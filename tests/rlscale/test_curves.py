@@ -113,7 +113,11 @@ def test_the_scaling_figure_shows_fit_extrapolation_and_points_held_out(runs: li
     assert hybrid.check is not None
     hollow = [line for line in points if line.get_fillstyle() == "none"]
     assert min(line.get_xdata().min() for line in hollow if len(line.get_xdata())) > hybrid.check.split
-    assert "held out from the fit" in [t.get_text() for t in figure.legends[0].get_texts()]
+    figure.canvas.draw()
+    legend, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= legend.x0
+    assert legend.x1 <= page.x1
+    assert "held out from the lines, not from A" in [t.get_text() for t in figure.legends[0].get_texts()]
     dotted = [line for line in panel.lines if line.get_linestyle() == ":"]
     assert len(dotted) == 2
     assert hybrid.power_law is not None

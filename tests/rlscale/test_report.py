@@ -112,6 +112,20 @@ def test_figures_are_drawn_when_they_are_scrolled_to(opened: Page) -> None:
     assert "From which output length on the hybrid is ahead" in titles
 
 
+def test_printing_draws_the_figures_that_nobody_has_scrolled_to(opened: Page) -> None:
+    opened.locator(".plot .main-svg").first.wait_for()
+    plots = opened.locator(".plot")
+    assert opened.locator(".plot:has(.main-svg)").count() < plots.count()
+    opened.pdf()
+    expect(opened.locator(".plot:has(.main-svg)")).to_have_count(plots.count())
+
+
+def test_marks_of_the_architectures_do_not_lie_over_one_another(data: dict[str, Any]) -> None:
+    (figure,) = [figure for figure in data["figures"] if figure["id"] == "parameters"]
+    hybrid, mla = figure["plots"]["0"]["data"]
+    assert not set(hybrid["x"]) & set(mla["x"])
+
+
 def test_choices_change_what_a_figure_shows(opened: Page) -> None:
     card = opened.locator(".card[data-id=pass_rates]")
     axis = card.locator(".xtitle")

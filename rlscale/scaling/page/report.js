@@ -74,6 +74,7 @@ function renderFigures() {
     plot.setAttribute("aria-label", figure.title + ". " + figure.caption);
     card.append(plot);
     plot.draw = () => {
+      plot.drawn = true;
       const shown = figure.plots[selects.map((s) => s.value).join("/")];
       Plotly.react(plot, shown.data, shown.layout, {
         responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
@@ -88,6 +89,10 @@ function renderFigures() {
 function figuresReady() {
   figuresAllowed = true;
   for (const plot of document.querySelectorAll(".plot")) observer.observe(plot);
+  // What is printed has been scrolled past by nobody.
+  window.addEventListener("beforeprint", () => {
+    for (const plot of document.querySelectorAll(".plot")) if (!plot.drawn) plot.draw();
+  });
 }
 
 function renderTable() {
