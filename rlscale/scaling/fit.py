@@ -133,10 +133,10 @@ def fit_sigmoid(
 ) -> SigmoidFit:
     """Fits the sigmoid by least squares and gives bootstrap intervals of its parameters.
 
-    What is drawn with replacement: seeds, where there are several; prompts, where rewards are given for each;
-    where there is neither, residuals. Seeds' deviations from their mean are widened by sqrt(S / (S - 1)),
-    because the spread of S draws from S values underestimates theirs. Few seeds stay few: with three, the
-    interval's share of the spread between seeds rests on two degrees of freedom.
+    What is resampled: seeds, where there are several, by random shares that spread a mean as so few do
+    (`_shares_of_runs`); prompts, where rewards are given for each, with replacement; where there is neither,
+    residuals. Few seeds stay few: with three, the interval's share of the spread between seeds rests on two
+    degrees of freedom, and no resampled curve leaves the range of the three.
 
     Args:
         compute: [N], not negative.
