@@ -42,7 +42,8 @@ def _processor() -> str:
 
 
 def _git_commit(checkout: Path) -> str | None:
-    """The commit of `checkout`, marked `-dirty` if tracked files differ; None if it is no repository."""
+    """The commit of `checkout`; None if it is no repository, or if tracked files differ from that commit: a
+    copy laid over an older checkout would name code that did not run."""
     if not (checkout / ".git").exists():  # an installed copy: a repository further up is not this code's
         return None
     try:
@@ -55,4 +56,5 @@ def _git_commit(checkout: Path) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None
+    commit = described.stdout.strip()
+    return None if not commit or commit.endswith("-dirty") else commit

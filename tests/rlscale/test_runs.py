@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlscale.config import RunConfig, load_config, parse_config
 from rlscale.errors import UserError
 from rlscale.runs import RunFolder, find_runs, read_run
+from rlscale.runs.environment import _git_commit
 from rlscale.runs.files import JsonLines
 
 
@@ -430,3 +431,19 @@ def test_the_warm_start_is_kept_through_a_resume_and_goes_with_an_overwrite(tmp_
     assert read_run(tmp_path).warm_start == {"steps": 150, "pass_rate": 0.42, "wall_s": 3.5}
     RunFolder.create(tmp_path, config(), overwrite=True).close()
     assert read_run(tmp_path).warm_start is None
+
+
+def test_a_commit_is_recorded_only_where_the_code_is_that_commits(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert _git_commit(tmp_path) is None
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "one")
+    assert _git_commit(tmp_path) == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("2, from a copy")
+    assert _git_commit(tmp_path) is None
