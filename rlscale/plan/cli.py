@@ -256,6 +256,8 @@ def _ratio(cell: RunConfig, made: Plan) -> str:
 
 
 def _cost_table(plans: Sequence[Plan]) -> Table:
+    from rlscale.plan.costs import MEASURED
+
     table = Table(title="seconds of a", title_justify="left", box=None, header_style="bold", pad_edge=False)
     by_architecture = {made.architecture: made for made in plans}
     table.add_column("")
@@ -268,7 +270,10 @@ def _cost_table(plans: Sequence[Plan]) -> Table:
             cells += [f"{made.costs[name].value:.3g}", made.costs[name].origin]
         table.add_row(name, *cells)
     sources = sorted({source for made in plans for source in made.sources})
-    table.caption = "measured: fitted to " + ", ".join(sources) if sources else "roofline: from a data sheet"
+    caption = "measured: fitted to " + ", ".join(sources) if sources else "roofline: from a data sheet"
+    if plans[0].costs["decode step"].origin == MEASURED and not any(Path(s).is_dir() for s in sources):
+        caption += "\nengines of runs on an H200 took 2 to 2.5 times as long as bench results say: name a run"
+    table.caption = caption
     table.caption_justify = "left"
     return table
 

@@ -334,6 +334,7 @@ def test_the_command_says_what_is_measured_and_writes_all_of_it(tmp_path):
     crossing = document["crossing"]
     assert len(crossing["lengths"]) == len(crossing["ratios"]) > 4
     assert "required tokens" in result.output
+    assert "2 to 2.5 times" in " ".join(result.output.split())  # nothing but the bench measured decoding
 
 
 def test_clusters_of_several_sizes_are_compared_at_fixed_work_and_at_fixed_work_per_device(tmp_path):
