@@ -48,7 +48,13 @@ def _git_commit(checkout: Path) -> str | None:
         return None
     try:
         described = subprocess.run(
-            ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+            [
+                "git",
+                # Named, because git would look in GIT_DIR, or further up where this is no repository.
+                f"--git-dir={checkout / '.git'}",
+                f"--work-tree={checkout}",
+                *("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"),
+            ],
             capture_output=True,
             text=True,
             timeout=10,

@@ -447,3 +447,16 @@ def test_a_commit_is_recorded_only_where_the_code_is_that_commits(tmp_path: Path
     assert _git_commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "code.py").write_text("2, from a copy")
     assert _git_commit(tmp_path) is None
+
+
+def test_no_other_repositorys_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
+    for command in (["init"], ["commit", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    copy = tmp_path / "copy"
+    (copy / ".git").mkdir(parents=True)  # of a copy that left git's files out
+    assert _git_commit(copy) is None
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert _git_commit(copy) is None
+    monkeypatch.setenv("GIT_DIR", str(copy))
+    assert _git_commit(tmp_path) is not None
