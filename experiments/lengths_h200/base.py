@@ -17,11 +17,12 @@ import torch
 import typer
 
 from rlscale.config import Architecture, LearnerConfig, ModelConfig
-from rlscale.learner.examples import Solutions, encode_example
+from rlscale.learner.examples import Solutions
 from rlscale.learner.learner import LearnerSpec
 from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.optimizer import Optimizer
 from rlscale.learner.packing import MicroBatch, examples_as_rollouts, pack
+from rlscale.learner.warm_start import pass_rate
 from rlscale.models import model_config
 from rlscale.runs.files import write_json
 from rlscale.tasks import build_tokenizer, make_task
@@ -59,28 +60,24 @@ def main(
     def packed(examples: Sequence[Example]) -> list[MicroBatch]:
         return pack(examples_as_rollouts(examples), max(tokens, 2 * length))
 
-    @torch.no_grad()
-    def pass_rate(examples: Sequence[Example]) -> float:
-        """The mean probability that a sample at temperature 1 is the answer."""
-        whole = [
-            part.double().sum().exp()
-            for batch in packed(examples)
-            for part in logprobs(batch).split(batch.lengths.tolist())
-        ]
-        return float(torch.stack(whole).mean())
-
     curve: list[tuple[int, int, float, float]] = []
     step = 0
     for now in lengths(first, length):
         task = make_task("countdown", now, {})
         solutions = Solutions(task, tokenizer, seed=now)
         problems = [task.problem("validation", key) for key in range(LOOKED_AT)]
-        held_out = [encode_example(tokenizer, problem.prompt, problem.answer) for problem in problems]
         batch_size = max(1, tokens // now)
         begun = step
         while True:
             if (step - begun) % every == 0:
-                curve.append((now, step, pass_rate(held_out), round(time.perf_counter() - started, 2)))
+                curve.append(
+                    (
+                        now,
+                        step,
+                        pass_rate(model, tokenizer, problems),
+                        round(time.perf_counter() - started, 2),
+                    )
+                )
                 print(architecture, *curve[-1], flush=True)
                 if curve[-1][2] >= target or curve[-1][3] >= seconds:
                     break

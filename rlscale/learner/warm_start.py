@@ -12,11 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlscale.config import WarmStartConfig
 from rlscale.errors import UserError
 from rlscale.learner.examples import Solutions, encode_example
+from rlscale.learner.importance import sequence_sums
+from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.supervised import IGNORED, Schedule, padded, train_supervised
 from rlscale.tasks import Task
 from rlscale.types import Example, Problem
 
 VALIDATION_PROBLEMS = 128
+_TOKENS_AT_A_TIME = 1 << 16
+"""Of prompts and answers whose pass rate is looked at."""
 LR_WARMUP_STEPS = 20
 
 
@@ -87,7 +91,8 @@ def pass_rate(
     """The mean probability that a sample at temperature 1 is `Problem.answer` and stops there; draws none.
 
     For one problem it is exp(Σ_t log π(answer_t | prompt, answer_<t)), end-of-sequence included. Where a task
-    accepts other answers too, this is a lower bound of the pass rate.
+    accepts other answers too, this is a lower bound of the pass rate. The output head computes in float32, as
+    in RL.
     """
     return _pass_rate(model, tokenizer, [_solved(tokenizer, problem) for problem in problems])
 
@@ -136,11 +141,30 @@ def _pass_rate(
 ) -> float:
     was_training = model.training
     model.eval()
-    ids, labels, mask = padded(examples, tokenizer)
+    longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    rows = max(1, _TOKENS_AT_A_TIME // longest)
     with torch.no_grad():
-        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, :-1]
-        targets = labels[:, 1:].to(logits.device)
-        logprobs = logits.float().log_softmax(-1)
-        picked = logprobs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        parts = [
+            _log_probabilities(model, tokenizer, examples[first : first + rows])
+            for first in range(0, len(examples), rows)
+        ]
     model.train(was_training)
-    return float((picked * (targets != IGNORED)).sum(-1).double().exp().mean())
+    return float(torch.cat(parts).exp().mean())
+
+
+def _log_probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> torch.Tensor:
+    """log π(completion | prompt) of each example, [B] float64."""
+    ids, labels, mask = padded(examples, tokenizer)
+    head, hidden = model.get_output_embeddings(), []
+    # What the model gives has been through its own head, in its own dtype.
+    handle = head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    try:
+        model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+    finally:
+        handle.remove()
+    targets = labels[:, 1:].to(model.device)
+    told = targets != IGNORED
+    logprobs, _ = token_logprobs(hidden[0][:, :-1][told], head.weight, targets[told])
+    return sequence_sums(logprobs.double(), told.sum(1))
