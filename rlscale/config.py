@@ -290,7 +290,7 @@ class RunConfig(Section):
     architecture: Architecture = "hybrid"
     """hybrid: KDA and MLA as the preset says. hybrid_7to1 and the like: in another ratio, which the number of
     layers must allow. mla: the full-MLA twin."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Of initial weights, problems and sampling."""
     steps: int = Field(100, ge=1)
     """RL steps: generate, score, train, sync."""
@@ -376,7 +376,7 @@ class SweepConfig(Section):
     """Lengths of the right answer in tokens."""
     budget_ratios: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
     """Budgets as multiples of the required length; below 1 the right answer cannot be finished."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=1 << 32)]] = Field([0], min_length=1)
     """A run each."""
     retries: int = Field(1, ge=0)
     """How often a run whose workers or machine died is continued on new ones before it counts as failed."""
@@ -433,7 +433,7 @@ class FineTuneConfig(Section):
     architecture: Architecture = "hybrid"
     """hybrid: KDA and MLA as the preset says. hybrid_7to1 and the like: in another ratio, which the number of
     layers must allow. mla: the full-MLA twin."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Of initial weights and the order of the examples."""
     steps: int = Field(1000, ge=1)
     """Optimizer steps."""

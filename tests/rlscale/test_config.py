@@ -169,6 +169,8 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
             r"not readable YAML: could not determine a constructor",
         ),
         (SweepConfig, "seeds: []", r"seeds: .*at least 1 item"),
+        (RunConfig, "seed: 4294967296", r"seed: .*less than 4294967296"),
+        (SweepConfig, "seeds: [4294967296]", r"seeds\.0: .*less than 4294967296"),
         (SweepConfig, "required_lengths: [8, 0]", r"required_lengths\.1: .*\(given: 0\)"),
         (SweepConfig, "budget_ratios: [.inf]", r"budget_ratios\.0: .*finite"),
         (SweepConfig, "run: {architecture: mla, seed: 1}", r"the grid sets architecture, seed: remove it"),
