@@ -298,6 +298,7 @@ class AsynchronousSource(ExperienceSource):
                 "running": list(self._running),
                 "waiting": [group.to_json() for group in self._waiting.values()],
                 "stale_groups": self._stale_groups,
+                "tokens": self._tokens,
                 "groups": self._manager.state_dict(),
                 "selection": self._selection.state_dict(),
             }
@@ -306,6 +307,7 @@ class AsynchronousSource(ExperienceSource):
         """See `ExperienceSource.load_state_dict`."""
         with self._lock:
             self._place, self._stale_groups = state["place"], state["stale_groups"]
+            self._tokens = state["tokens"]
             self._manager.load_state_dict(state["groups"])
             self._selection.load_state_dict(state["selection"])
             groups = [ScoredGroup.from_json(group, self._prompts.at) for group in state["waiting"]]

@@ -204,6 +204,23 @@ def test_a_source_goes_on_from_its_state_with_nothing_lost_or_drawn_twice(mode):
         assert drawn(after) == drawn(uninterrupted)
 
 
+def test_tokens_of_groups_given_up_before_a_checkpoint_count_in_the_batch_after_it():
+    mode, seed = AsynchronousConfig(), fresh_seed()
+    source, _ = start(mode, seed)
+    source.sync_weights()
+    source.next_batch()
+    source.sync_weights()
+    source._tokens = 77
+    state = json.loads(json.dumps(source.state_dict()))
+    source.close()
+    resumed, _ = start(mode, seed, first_version=1)
+    resumed.load_state_dict(state)
+    resumed.sync_weights()
+    batch = resumed.next_batch()
+    resumed.close()
+    assert batch.generated_tokens == 77 + sum(group.tokens for group in batch.groups)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.kind)
 def test_a_closed_source_leaves_nothing_in_the_engine(mode):
     source, _ = start(mode, fresh_seed())
