@@ -105,7 +105,8 @@ def train(
         config.rollout.prompts_per_step,
         replace(sampling, seed=first_seed + _STEPS_PER_SEED - 1),
     )
-    with closing(source), function or nullcontext():
+    # The source first: while it lives, its thread calls the function, which would start a new process.
+    with function or nullcontext(), closing(source):
         if checkpoint := run.latest_checkpoint():
             source.load_state_dict(json.loads((checkpoint[1] / SOURCE_FILE).read_text()))
         synced = source.sync_weights()

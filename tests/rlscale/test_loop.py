@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlscale.rollout.engine import RolloutEngine
 from rlscale.rollout.interruption import InterruptingEngine
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.runs import RunFolder, read_run
+from rlscale.sources import BatchSource
 from rlscale.tasks import make_task
 from rlscale.types import Completion, GenerationReport
 from rlscale.weights.base import SyncReport
@@ -221,6 +223,31 @@ def test_a_run_that_selects_is_repeated_by_a_resumed_one(
         assert steps[-1]["mastered_prompts"] > 0
     else:
         assert all(step["ptx_loss"] > 0 for step in steps)
+
+
+class Closing(AbstractContextManager["Closing"]):
+    """A user's reward function that notes when it is closed."""
+
+    def __init__(self, closed: list[str]) -> None:
+        self._closed = closed
+
+    def __call__(self, columns: Mapping[str, Sequence[Any]]) -> list[float]:
+        return [0.0] * len(columns["completions"])
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.append("function")
+
+
+def test_a_reward_function_is_closed_once_no_source_can_call_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("rlscale.loop.user_reward", lambda _: Closing(closed))
+    close = BatchSource.close
+    monkeypatch.setattr(BatchSource, "close", lambda source: (closed.append("source"), close(source))[1])
+    with RunFolder.create(tmp_path / "run", settings(steps=1)) as folder:
+        run(settings(steps=1), folder)
+    assert closed == ["source", "function"]
 
 
 def test_a_policy_that_learns_nothing_ends_the_run_with_what_to_change(tmp_path: Path) -> None:
