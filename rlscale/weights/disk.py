@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ class DiskManifest:
 
 
 class DiskPublisher:
-    """The learner's side. Keeps the newest version alone."""
+    """The learner's side. Keeps the newest version alone; one that is killed leaves it behind."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # Runs of a sweep that go on side by side share the folder, and count the same versions.
+        self._prefix = secrets.token_hex(8)
         self._written: Path | None = None
 
     def publish(
@@ -49,7 +52,7 @@ class DiskPublisher:
             for name, tensor in named_tensors
         ]
         whole = account_for(tensors, {name: tensor.shape for name, tensor in tensors})
-        path = self._folder / f"version-{version}.safetensors"
+        path = self._folder / f"{self._prefix}-version-{version}.safetensors"
         unfinished = path.with_suffix(".unfinished")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -70,23 +70,25 @@ class Transport:
 def choose_transport(config: WeightSyncConfig, rollout: RolloutConfig, learner: LearnerConfig) -> Transport:
     """The transport that the config names, or that fits where both sides compute.
 
-    Shared memory unless both have a GPU; then CUDA IPC where they share one (each asks for a part of it), and
-    NCCL where they have their own.
+    CUDA IPC where all workers together share one GPU (each asks for a part of it), NCCL where each has GPUs
+    of its own, else shared memory.
 
     Raises:
         UserError: the config names a transport that cannot join the two.
     """
     on_gpus = bool(rollout.num_gpus and learner.num_gpus)
-    one_gpu = on_gpus and rollout.num_gpus + learner.num_gpus <= 1
+    together = rollout.workers * rollout.num_gpus + learner.workers * learner.num_gpus
+    one_gpu = on_gpus and together <= 1
+    own_gpus = on_gpus and min(rollout.num_gpus, learner.num_gpus) >= 1
     name: TransportName = config.transport
     if name == "auto":
-        name = "cuda_ipc" if one_gpu else "nccl" if on_gpus else "shared_memory"
+        name = "cuda_ipc" if one_gpu else "nccl" if own_gpus else "shared_memory"
     if name == "cuda_ipc" and not one_gpu:
         raise UserError(
             "weight_sync.transport=cuda_ipc needs learner and rollout on one GPU: let rollout.num_gpus and "
-            f"learner.num_gpus add up to 1 at most, not {rollout.num_gpus + learner.num_gpus:g}, or set auto"
+            f"learner.num_gpus of all workers add up to 1 at most, not {together:g}, or set auto"
         )
-    if name == "nccl" and (not on_gpus or one_gpu):
+    if name == "nccl" and not own_gpus:
         raise UserError(
             "weight_sync.transport=nccl needs GPUs of their own for learner and rollout: "
             "set rollout.num_gpus and learner.num_gpus to whole numbers, or weight_sync.transport to auto"

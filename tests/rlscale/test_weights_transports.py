@@ -132,13 +132,24 @@ def test_weights_on_disk_arrive_and_only_the_newest_stay(tmp_path: Path) -> None
     stacked = torch.randn(4, 5)
     first = publisher.publish([("row", stacked[0]), ("same memory", stacked[0:2])], 0)
     second = publisher.publish(random_weights(), 1)
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-1.safetensors"]
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [second.path.name]
     with incoming(second) as weights:
         assert {name for name, _ in weights} == {name for name, _ in random_weights()}
     with pytest.raises(RuntimeError, match="version 0 is gone"), incoming(first):
         pass
     publisher.close()
     assert not list((tmp_path / "weights").iterdir())
+
+
+def test_publishers_that_share_a_folder_keep_their_weights_apart(tmp_path: Path) -> None:
+    publishers = [DiskPublisher(tmp_path), DiskPublisher(tmp_path)]
+    manifests = [p.publish([("w", torch.full((3,), float(i)))], 0) for i, p in enumerate(publishers)]
+    for i, manifest in enumerate(manifests):
+        with incoming(manifest) as weights:
+            assert dict(weights)["w"].tolist() == [i] * 3
+    publishers[0].close()
+    with incoming(manifests[1]) as weights:
+        assert [name for name, _ in weights] == ["w"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -161,7 +172,8 @@ def test_a_digest_knows_every_bit_and_its_place_and_no_layout() -> None:
     [
         (0, 0, 1, "shared_memory"),
         (0, 0, 2, "shared_memory"),
-        (0.5, 0.5, 1, "cuda_ipc"),
+        (0.25, 0.25, 1, "cuda_ipc"),
+        (0.5, 0.5, 1, "shared_memory"),  # three workers and a learner, on two GPUs
         (1, 1, 1, "nccl"),
         (2, 1, 2, "nccl"),
         (1, 0, 1, "shared_memory"),
