@@ -115,7 +115,8 @@ class _LaneActor:
                 yield event
                 if event.evaluation:
                     hopeless = hopeless + 1 if event.evaluation["pass_rate"] <= early_stop.pass_rate else 0
-                if event.state == "training" and 0 < early_stop.evaluations <= hopeless:
+                # Step 0 has no metrics, and a run without any has no summary.
+                if event.metrics and 0 < early_stop.evaluations <= hopeless:
                     events.close()
                     reason = f"pass rate {early_stop.pass_rate:g} or less in {hopeless} evaluations"
                     run.finish(summary(read_run(run.path)), abandoned=reason)

@@ -133,15 +133,17 @@ def test_a_machine_that_joins_during_the_wait_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nodes")
-def test_a_run_that_is_never_right_is_stopped_early_and_says_why(tmp_path: Path) -> None:
-    config = grid(
-        steps=50, architectures=["mla"], early_stop={"evaluations": 3, "pass_rate": 0.9}, required_lengths=[9]
-    )
+@pytest.mark.parametrize(("evaluations", "step"), [(1, 1), (3, 2)])
+def test_a_run_that_is_never_right_is_stopped_early_and_says_why(
+    evaluations: int, step: int, tmp_path: Path
+) -> None:
+    early_stop = {"evaluations": evaluations, "pass_rate": 0.9}
+    config = grid(steps=50, architectures=["mla"], early_stop=early_stop, required_lengths=[9])
     last = list(sweep(config, tmp_path / "runs"))[-1]
-    assert (last.state, last.step) == ("abandoned", 2)
+    assert (last.state, last.step) == ("abandoned", step)
     run = read_run(tmp_path / "runs" / last.run)
     assert run.state == "finished"
-    assert run.status["abandoned"] == "pass rate 0.9 or less in 3 evaluations"
+    assert run.status["abandoned"] == f"pass rate 0.9 or less in {step + 1} evaluations"
     assert list(sweep(config, tmp_path / "runs", resume=True))[-1].state == "finished"  # it stays stopped
 
 
