@@ -140,7 +140,7 @@ class Learner:
             `learner_tokens_per_s`.
 
         Raises:
-            UserError: a sequence longer than `tokens_per_micro_batch`.
+            UserError: a sequence longer than `tokens_per_micro_batch`, or there is no memory for so many.
             ValueError: no rollouts, or examples for an algorithm that has no use for them.
         """
         if not rollouts:
@@ -151,18 +151,25 @@ class Learner:
         prompts = len({rollout.group for rollout in rollouts})
         minibatches = split_by_group(rollouts, min(self._config.updates_per_step, prompts))
         batches = [self._pack(minibatch) for minibatch in minibatches]
-        olds = self._old_logprobs(batches, temperature)
-        updates = [
-            self._update(
-                micro_batches,
-                olds[i],
-                MinibatchTotals.of(minibatches[i]),
-                examples[i :: len(batches)],
-                temperature,
-                learning_rate,
-            )
-            for i, micro_batches in enumerate(batches)
-        ]
+        try:
+            olds = self._old_logprobs(batches, temperature)
+            updates = [
+                self._update(
+                    micro_batches,
+                    olds[i],
+                    MinibatchTotals.of(minibatches[i]),
+                    examples[i :: len(batches)],
+                    temperature,
+                    learning_rate,
+                )
+                for i, micro_batches in enumerate(batches)
+            ]
+        except torch.OutOfMemoryError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"no memory for a gradient step ({reason}): lower learner.tokens_per_micro_batch, or set "
+                "learner.gradient_checkpointing"
+            ) from error
 
         metrics = {name: fmean(update[name] for update in updates) for name in updates[-1]}
         metrics |= {name: value for name, value in updates[0].items() if name not in metrics}

@@ -629,3 +629,18 @@ def test_the_actor_trains_publishes_saves_and_passes_errors_on_as_they_were_rais
         assert group.train_step(rollouts, temperature=1.0)["loss"] == there["loss"]
         group.close()
         group.close()
+
+
+def test_a_step_without_memory_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = learner()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr(trained, "_update", full)
+    with pytest.raises(
+        UserError,
+        match=r"^no memory for a gradient step \(CUDA out [^\n]* 2 GiB\.\): lower "
+        r"learner\.tokens_per_micro_batch, or set learner\.gradient_checkpointing$",
+    ):
+        trained.train_step(draw_rollouts(0), 1.0)
