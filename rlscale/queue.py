@@ -10,8 +10,10 @@ continues from its newest checkpoint on new ones.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +110,15 @@ class _LaneActor:
 
     def train(self, cell: Cell, early_stop: EarlyStopConfig) -> Iterator[RunEvent]:
         assert self._workers is not None
-        hopeless = 0
         with cell.open() as run:
             events = self._workers.train(cell.config, run, cell.shared_warm_start, lambda: self._stopping)
             for event in events:
                 yield event
-                if event.evaluation:
-                    hopeless = hopeless + 1 if event.evaluation["pass_rate"] <= early_stop.pass_rate else 0
                 # Step 0 has no metrics, and a run without any has no summary.
-                if event.metrics and 0 < early_stop.evaluations <= hopeless:
+                if not event.metrics or not early_stop.evaluations:
+                    continue
+                hopeless = _evaluations_in_a_row(run.path, early_stop.pass_rate)
+                if hopeless >= early_stop.evaluations:
                     events.close()
                     reason = f"pass rate {early_stop.pass_rate:g} or less in {hopeless} evaluations"
                     run.finish(summary(read_run(run.path)), abandoned=reason)
@@ -130,6 +132,26 @@ class _LaneActor:
     def close(self) -> None:
         if self._workers is not None:
             self._workers.__exit__(None, None, None)
+
+
+def _evaluations_in_a_row(folder: Path, pass_rate: float) -> int:
+    """How many of a run's evaluations, the newest and those before it, passed no more often than that.
+
+    Counted on disk: there a resumed run has its earlier ones, and one that went back has each once.
+    """
+    newest_first = reversed(read_run(folder).evaluations)
+    return sum(1 for _ in takewhile(lambda evaluation: evaluation["pass_rate"] <= pass_rate, newest_first))
+
+
+def _described(error: Exception, folder: Path) -> str:
+    """An unforeseen error in one line; the whole of it is left in the run's folder, if there is one."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    path = folder / "traceback.txt"
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return line
+    return f"{line[:200]} (see {path})"
 
 
 @dataclass(slots=True)
@@ -241,6 +263,12 @@ class _Queue:
             lane.news = lane.cell = None
         except UserError as error:
             yield from self._failed(lane, error)
+        except Exception as error:
+            if lane.cell is None:
+                raise
+            # Nobody foresaw it, but it is this run's: the others go on, and on other workers.
+            yield from self._failed(lane, UserError(_described(error, lane.cell.folder)))
+            self._close(lane)
 
     def _failed(self, lane: _Lane, error: UserError) -> Iterator[RunEvent]:
         """The lane's cell failed or lost its workers; or, without a cell, the workers could not start."""

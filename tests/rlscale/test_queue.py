@@ -15,9 +15,10 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from rlscale import cluster
-from rlscale.config import SweepConfig, parse_config
+from rlscale.config import EarlyStopConfig, SweepConfig, parse_config
 from rlscale.errors import UserError
 from rlscale.events import RunEvent
+from rlscale.queue import Cell, _Lane, _Queue
 from rlscale.runs import find_runs, read_run
 from rlscale.sweep import sweep
 
@@ -145,6 +146,42 @@ def test_a_run_that_is_never_right_is_stopped_early_and_says_why(
     assert run.state == "finished"
     assert run.status["abandoned"] == f"pass rate 0.9 or less in {step + 1} evaluations"
     assert list(sweep(config, tmp_path / "runs", resume=True))[-1].state == "finished"  # it stays stopped
+
+
+@pytest.mark.usefixtures("nodes")
+def test_evaluations_before_a_stop_count_when_the_run_goes_on(tmp_path: Path) -> None:
+    early_stop = {"evaluations": 6, "pass_rate": 0.9}
+    config = grid(steps=50, architectures=["mla"], early_stop=early_stop, required_lengths=[9])
+    reached: list[int] = []
+    for event in sweep(config, tmp_path / "runs", stop=lambda: max(reached, default=0) >= 1):
+        reached.append(event.step)
+    assert event.state == "stopped"
+    assert 1 <= event.step < 5
+    last = list(sweep(config, tmp_path / "runs", resume=True))[-1]
+    assert (last.state, last.step) == ("abandoned", 5)
+
+
+@pytest.mark.usefixtures("nodes")
+def test_an_unforeseen_fault_ends_its_run_with_a_traceback_on_disk_and_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @ray.remote(num_cpus=0)
+    def fault() -> None:
+        raise RuntimeError("CUDA error:\nan illegal memory access")
+
+    closed: list[_Lane] = []
+    monkeypatch.setattr(_Lane, "close", lambda lane: closed.append(lane))
+    queue = _Queue([], 0, EarlyStopConfig(), 0)
+    (run,) = grid(architectures=["mla"]).cells()
+    lane = _Lane("mla", None, 0.0, object(), iter([fault.remote()]), Cell(run, tmp_path, 32))
+    queue.lanes.append(lane)
+    (event,) = queue._hear(lane)
+    assert (event.state, event.run) == ("failed", tmp_path.name)
+    path = tmp_path / "traceback.txt"
+    assert event.message == f"RuntimeError: CUDA error: an illegal memory access (see {path})"
+    assert "in fault" in path.read_text()
+    assert closed == [lane]
+    assert not queue.lanes
 
 
 @pytest.mark.usefixtures("nodes")
