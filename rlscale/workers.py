@@ -149,6 +149,8 @@ class Workers(AbstractContextManager["Workers"]):
             first_version=checkpoint[0] if checkpoint else 0,
             verify=config.weight_sync.verify,
         )
+        # Who waits for completions is the loop, and while it does the learner does not learn.
+        self.rollouts.resend_weights = weights.resend
         learner = TakesTurns(self.learner, self.rollouts) if config.rollout.sleep_level else self.learner
         for report in train(config, task, self.tokenizer, learner, self.rollouts, weights, run, stop):
             yield RunEvent(run.path.name, "training", report.step, report.metrics, report.evaluation)

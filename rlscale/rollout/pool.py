@@ -127,6 +127,9 @@ class RolloutPool:
         self._cache_bytes: dict[int, int] = {}  # by tokens
         self._error: BaseException | None = None
         self._closed = False
+        self.resend_weights: Callable[[], object] | None = None
+        """Loads the newest weights once more. Called by a thread that waits for completions when no worker is
+        left that has weights and replacements came too late to read them, as with CUDA IPC and NCCL."""
         self._seats = [_Seat(i, self._spawn(i)) for i in range(spec.config.workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(seat,), name=f"rollout-{seat.index}", daemon=True)
@@ -339,6 +342,19 @@ class RolloutPool:
                 self._changed.wait()
             return value
 
+    def _wait_for_completions(self, ready: Callable[[], bool]) -> None:
+        """`_wait_for` of what only workers with weights can bring about."""
+        while self._wait_for(lambda: "ready" if ready() else self._weights_are_lost and "lost") == "lost":
+            assert self.resend_weights is not None
+            self.resend_weights()
+
+    @property
+    def _weights_are_lost(self) -> bool:
+        """Whether workers are up, none with weights, and could not read what was sent; asks for no lock."""
+        up = [seat for seat in self._seats if seat.is_up and not seat.lost]
+        without = [seat for seat in up if seat.version is None and seat.tried is self._manifest]
+        return self.resend_weights is not None and bool(up) and len(without) == len(up)
+
     def _raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error
@@ -401,6 +417,9 @@ class RolloutPool:
             seat.tried, seat.load_error, seat.version = manifest, error, version
             self._assign()
             self._changed.notify_all()
+            streams = list(self._streams)
+        for stream in streams:
+            stream.look_again()
 
     def _advance(self, seat: _Seat) -> None:
         with self._changed:
@@ -494,7 +513,7 @@ class PendingGeneration:
     def result(self) -> GenerationReport:
         """Waits for all groups; an interruption cancels what is left."""
         try:
-            self._pool._wait_for(lambda: len(self._finished) == len(self._requests))
+            self._pool._wait_for_completions(lambda: len(self._finished) == len(self._requests))
         except BaseException:
             self.cancel()
             raise
@@ -542,11 +561,16 @@ class GroupStream:
         Raises:
             Exception: what made the pool fail, or what `on_group` raised.
         """
-        with self._progress:
-            while not ready():
-                if self._error is not None:
-                    raise self._error
-                self._progress.wait()
+        while True:
+            with self._progress:
+                while not ready() and not self._pool._weights_are_lost:
+                    if self._error is not None:
+                        raise self._error
+                    self._progress.wait()
+                if ready():
+                    return
+            assert self._pool.resend_weights is not None
+            self._pool.resend_weights()
 
     def drop_older_than(self, version: int) -> list[int]:
         """Gives up unfinished requests that began under weights older than `version`; returns their keys."""
@@ -560,6 +584,11 @@ class GroupStream:
                 del self._tickets[key]
             self._pool._cancel(old.values())
         return list(old)
+
+    def look_again(self) -> None:
+        """Lets `wait_until` see what has become of the workers."""
+        with self._progress:
+            self._progress.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Lets `wait_until` raise `error`."""

@@ -3,7 +3,8 @@ devices, or through a buffer that learner and engines share (CUDA IPC) on one de
 
 The learner's side sends from a thread of its own as soon as it has told the engines, by a manifest, what will
 come; engines meet it in a process group that the first sync forms and later ones use again. An engine that
-takes another's place can read no version that was sent before: it gets the next one.
+takes another's place can read no version that was sent before: it gets the next one, or, where no engine is
+left that has weights, the same once more (`RolloutPool.resend_weights`).
 """
 
 from __future__ import annotations

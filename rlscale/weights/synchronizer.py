@@ -66,6 +66,14 @@ class Synchronizer:
         started = time.perf_counter()
         # Counted before the attempt: a version that failed half-way must not be published with other weights.
         version, self._next_version = self._next_version, self._next_version + 1
+        return self._send(version, started)
+
+    def resend(self) -> SyncReport:
+        """The newest version once more, for engines that could not read it: the learner must not have learned
+        since. Raises as `sync_weights`."""
+        return self._send(self._next_version - 1, time.perf_counter())
+
+    def _send(self, version: int, started: float) -> SyncReport:
         manifest = self._learner.publish_weights(version)
         arrived = self._rollouts.load_weights(manifest)
         if any(found != version for found in arrived):

@@ -23,6 +23,7 @@ from rlscale.rollout.pool import RolloutPool
 from rlscale.rollout.reference_engine import ReferenceEngine
 from rlscale.types import Completion, GroupRequest, Sampling
 from rlscale.weights.shared_memory import SharedMemoryPublisher
+from rlscale.weights.stream import StreamPublisher
 from rlscale.weights.synchronizer import Synchronizer
 
 torch.set_num_threads(1)  # the workers compute at the same time
@@ -35,6 +36,15 @@ CONTEXT = 512
 SETTINGS = RolloutConfig(engine="reference", workers=2, num_cpus=0.25, max_num_seqs=8)
 
 
+def draw_policy() -> KimiLinearForCausalLM:
+    print("seed", torch.seed())
+    model = KimiLinearForCausalLM(CONFIG).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+        model.lm_head.weight[CONFIG.eos_token_id] = 0  # completions are long: there is time to kill
+    return model
+
+
 class Learner:
     """The publishing side of a learner, in this process, with other weights each time."""
 
@@ -43,13 +53,8 @@ class Learner:
         self.models: list[KimiLinearForCausalLM] = []
 
     def publish_weights(self, version: int):
-        print("seed", torch.seed())
-        model = KimiLinearForCausalLM(CONFIG).eval()
-        with torch.no_grad():
-            model.lm_head.weight.mul_(10)
-            model.lm_head.weight[CONFIG.eos_token_id] = 0  # completions are long: there is time to kill
-        self.models.append(model)
-        return self._publisher.publish(named_released_tensors(model), version)
+        self.models.append(draw_policy())
+        return self._publisher.publish(named_released_tensors(self.models[-1]), version)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,57 @@ def test_prompts_of_killed_workers_run_again_and_give_the_same_completions(parts
     assert [new is old for new, old in zip(pool.actors(), actors, strict=True)] == [
         i not in killed for i in range(2)
     ]
+
+
+@pytest.fixture
+def streaming(parts) -> Iterator[tuple[RolloutPool, dict[int, KimiLinearForCausalLM], Synchronizer]]:
+    """The pool, with weights that cannot be read once they were sent."""
+    pool, _, shared = parts
+    pool.ready()
+    models: dict[int, KimiLinearForCausalLM] = {}
+
+    class StreamingLearner:
+        def publish_weights(self, version: int):
+            if version not in models:
+                models[version] = draw_policy()
+            return publisher.publish(named_released_tensors(models[version]), version)
+
+    with closing(StreamPublisher("broadcast", 2, 1 << 20)) as publisher:
+        weights = Synchronizer(StreamingLearner(), pool)
+        pool.resend_weights = weights.resend
+        yield pool, models, weights
+    pool.resend_weights = None
+    pool.ready()
+    shared.sync_weights()
+
+
+def test_weights_that_were_sent_come_again_when_every_worker_that_had_them_is_killed(streaming):
+    pool, models, weights = streaming
+    weights.sync_weights()
+    version = weights.sync_weights().version
+    prompts, sampling = random_prompts(7), Sampling(400, 3, seed=4)
+    pending = pool.begin(prompts, sampling)
+    kill_while_they_draw(pool, 0, 1)
+    drawn = pending.result().completions
+    engine = ReferenceEngine(CONFIG, torch.float32, CONTEXT, 64)
+    engine.load_weights(named_released_tensors(models[version]), version)
+    expected = engine.generate(prompts, sampling).completions
+    assert [[c.token_ids for c in group] for group in drawn] == [
+        [c.token_ids for c in group] for group in expected
+    ]
+    assert {v for group in drawn for c in group for v in c.weight_versions} == {version}
+    assert weights.sync_weights().version == version + 1
+
+
+def test_a_stream_gets_its_groups_although_every_worker_that_had_weights_is_killed(streaming):
+    pool, _, weights = streaming
+    version = weights.sync_weights().version
+    finished: dict[int, list[Completion]] = {}
+    with closing(pool.stream(finished.__setitem__)) as stream:
+        stream.submit([GroupRequest(i, [5, 6, 7 + i], Sampling(400, 2, seed=i)) for i in range(4)])
+        kill_while_they_draw(pool, 0, 1)
+        stream.wait_until(lambda: len(finished) == 4)
+    assert {v for group in finished.values() for c in group for v in c.weight_versions} == {version}
 
 
 def test_a_stream_loses_no_group_and_hands_on_none_twice_when_a_worker_is_killed_and_weights_change(parts):
