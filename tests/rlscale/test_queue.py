@@ -70,7 +70,7 @@ def nodes() -> Iterator[Cluster]:
 def test_a_run_whose_machine_is_lost_continues_elsewhere_from_its_checkpoint(
     nodes: Cluster, tmp_path: Path
 ) -> None:
-    steps = 16
+    steps = 32  # the second run begins when its engine has started; the first must not be over by then
     lost = nodes.add_node(num_cpus=1)
     furthest: dict[str, int] = {}
     seen: list[RunEvent] = []
