@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import requests
 import yaml
@@ -38,6 +39,7 @@ _CONFIG = "config.yaml"
 _OUTPUT = "rlscale_output"
 _ARCHIVE_BEGINS, _ARCHIVE_ENDS = "rlscale-archive-begins", "rlscale-archive-ends"
 _POLL_S = 1.0
+_AGENT_S = 60.0  # that the agent of a cluster which has just started may take
 _JOBS_FOLDER = "~/rlscale_jobs"
 """Where results lie on the head node when no other place was asked for."""
 
@@ -108,7 +110,7 @@ class Cluster:
             command += ["--mirror", place]
         with tempfile.TemporaryDirectory() as packed, self._errors():
             (Path(packed) / _CONFIG).write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-            self._client.submit_job(
+            self._submit(
                 entrypoint=shlex.join(command),
                 submission_id=job,
                 runtime_env={
@@ -184,9 +186,7 @@ class Cluster:
         if storage.is_url(output):
             return storage.pull(output, folder)
         with self._errors(job):
-            reader = self._client.submit_job(
-                entrypoint=f"python -c {shlex.quote(_ARCHIVER)} {shlex.quote(output)}"
-            )
+            reader = self._submit(entrypoint=f"python -c {shlex.quote(_ARCHIVER)} {shlex.quote(output)}")
         if self.wait(reader).state != JobStatus.SUCCEEDED:
             raise UserError(f"no results of {job} in {output} yet: look at `rlscale logs {job}`")
         log = self.logs(reader)
@@ -195,6 +195,17 @@ class Cluster:
         finally:
             with self._errors(reader):
                 self._client.delete_job(reader)
+
+    def _submit(self, **job: Any) -> str:
+        """A cluster's job server answers before the agent that starts jobs is there: waits for it."""
+        end = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
 
     @contextmanager
     def _errors(self, job: str | None = None) -> Iterator[None]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -175,6 +176,28 @@ def test_an_invalid_config_is_refused_before_anything_is_sent(server: str, tmp_p
     with pytest.raises(UserError, match="unknown config key 'stepps'"):
         Cluster(server).submit(path)
     assert len(Cluster(server).jobs()) == before
+
+
+def test_a_job_is_sent_again_until_the_clusters_agent_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [RuntimeError("500: No available agent to submit job"), "an id"]
+
+    def submit_job(**job: str) -> str:
+        assert job == {"entrypoint": "true"}
+        answer = answers.pop(0)
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+    cluster = object.__new__(Cluster)
+    cluster._client = SimpleNamespace(submit_job=submit_job)
+    assert cluster._submit(entrypoint="true") == "an id"
+    answers[:] = [RuntimeError("500: No available agent to submit job"), RuntimeError("full")]
+    with pytest.raises(RuntimeError, match="full"):
+        cluster._submit(entrypoint="true")
+    monkeypatch.setattr("rlscale.jobs._AGENT_S", -1)
+    answers[:] = [RuntimeError("500: No available agent to submit job")]
+    with pytest.raises(RuntimeError, match="agent"):
+        cluster._submit(entrypoint="true")
 
 
 def test_a_wrong_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
