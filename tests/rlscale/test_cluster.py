@@ -65,7 +65,7 @@ def test_a_reservation_beyond_the_cluster_fails_at_once_and_says_what_is_short(c
     no_gpu = pytest.raises(UserError, match=r"needs 1 GPU, the cluster has 0 in total \(0 free\)")
     with no_gpu, reserve([{"CPU": 1, "GPU": 1}]):
         pass
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 25  # waiting for what is taken would be 30 for each
 
 
 def test_a_worker_larger_than_any_machine_fails_at_once(cluster, monkeypatch):
