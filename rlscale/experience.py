@@ -52,7 +52,8 @@ class ScoredGroup:
     """The completions of one prompt with their rewards.
 
     `passed[i]` says whether rollout i is the right answer, whatever shaping its reward has. `dropped` counts
-    completions that the user's reward function had no reward for; they are not among the rollouts.
+    completions that the user's reward function had no reward for, `dropped_tokens` what was drawn of them;
+    they are not among the rollouts.
     """
 
     prompt: Prompt
@@ -60,11 +61,12 @@ class ScoredGroup:
     texts: list[str]
     passed: list[bool]
     dropped: int = 0
+    dropped_tokens: int = 0
 
     @property
     def tokens(self) -> int:
-        """Drawn, of its completions."""
-        return sum(rollout.completion.drawn_tokens for rollout in self.rollouts)
+        """Drawn, of all its completions."""
+        return sum(rollout.completion.drawn_tokens for rollout in self.rollouts) + self.dropped_tokens
 
     @property
     def oldest_version(self) -> int:
@@ -81,6 +83,7 @@ class ScoredGroup:
             "texts": self.texts,
             "passed": self.passed,
             "dropped": self.dropped,
+            "dropped_tokens": self.dropped_tokens,
         }
 
     @classmethod
@@ -91,7 +94,8 @@ class ScoredGroup:
             Rollout(prompt.prompt_ids, _completion(completion), reward, prompt.place)
             for completion, reward in zip(data["completions"], data["rewards"], strict=True)
         ]
-        return cls(prompt, rollouts, list(data["texts"]), list(data["passed"]), data["dropped"])
+        dropped = data["dropped"], data["dropped_tokens"]
+        return cls(prompt, rollouts, list(data["texts"]), list(data["passed"]), *dropped)
 
 
 def _completion(data: Mapping[str, Any]) -> Completion:
@@ -124,7 +128,9 @@ class Scorer:
         given: list[float | None] = []
         if self.function is not None:
             given = self.function(_columns(prompt.problem, completions, texts))
-        group = ScoredGroup(prompt, [], [], [], dropped=given.count(None))
+        unrewarded = [c for c, reward in zip(completions, given, strict=False) if reward is None]
+        dropped_tokens = sum(completion.drawn_tokens for completion in unrewarded)
+        group = ScoredGroup(prompt, [], [], [], len(unrewarded), dropped_tokens)
         for i, (completion, text) in enumerate(zip(completions, texts, strict=True)):
             answer = text if self.end_of_thought is None else text.rpartition(self.end_of_thought)[2]
             # A right answer that runs on past its end is no right answer: the policy has to stop by itself.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -349,3 +349,22 @@ def test_only_the_answer_that_stops_by_itself_passes(
     assert group.rollouts[0].reward == reward
     assert group.rollouts[0].group == 7
     assert group.passed == [passed]
+
+
+def test_tokens_of_completions_without_a_reward_count_as_drawn_across_a_checkpoint_too() -> None:
+    tokenizer, task = tokenizer_for(settings().model), make_task("reversal", 3, {})
+
+    def function(_: Mapping[str, Sequence[Any]]) -> list[float | None]:
+        return [None, 1.0, None]
+
+    prompt = Prompt(7, task.problem("train", 0), [5])
+    completions = [
+        Completion([5] * 4, [0.0] * 4, [0] * 4, "length"),
+        Completion([5] * 2, [0.0] * 2, [0] * 2, "length"),
+        Completion([5] * 9, [0.0] * 9, [0] * 9, "length", forced=(2, 4)),
+    ]
+    group = Scorer(task, tokenizer, "exact", function=cast("Any", function)).score(prompt, completions)
+    assert len(group.rollouts) == 1
+    assert group.tokens == 4 + 2 + 7
+    restored = ScoredGroup.from_json(json.loads(json.dumps(group.to_json())), lambda _: prompt)
+    assert restored == group
