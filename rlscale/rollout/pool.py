@@ -344,7 +344,10 @@ class RolloutPool:
 
     def _wait_for_completions(self, ready: Callable[[], bool]) -> None:
         """`_wait_for` of what only workers with weights can bring about."""
-        while self._wait_for(lambda: "ready" if ready() else self._weights_are_lost and "lost") == "lost":
+        while True:
+            self._wait_for(lambda: ready() or self._weights_are_lost)
+            if ready():
+                return
             assert self.resend_weights is not None
             self.resend_weights()
 
