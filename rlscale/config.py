@@ -34,8 +34,8 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = Field({})
     """Fields of the preset to replace, by their KimiLinearConfig names, e.g. {hidden_size: 256}."""
     checkpoint: Path | None = None
-    """Folder in the released format to start from, instead of random weights. In a sweep `{architecture}` and
-    `{required_length}` in its name stand for those of each run."""
+    """Folder in the released format to start from, instead of random weights. In a sweep `{architecture}`,
+    `{required_length}` and `{seed}` in its name stand for those of each run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations of learner and rollout; KDA states are float32 always."""
 
@@ -414,8 +414,11 @@ class SweepConfig(Section):
             budget = math.ceil(round(ratio * length, 6)) + 1
             checkpoint = self.run.model.checkpoint
             if checkpoint is not None:
-                name = str(checkpoint).replace("{architecture}", architecture)
-                checkpoint = Path(name.replace("{required_length}", str(length)))
+                axes = {"architecture": architecture, "required_length": length, "seed": seed}
+                name = str(checkpoint)
+                for axis, value in axes.items():
+                    name = name.replace(f"{{{axis}}}", str(value))
+                checkpoint = Path(name)
             yield self.run.model_copy(
                 update={
                     "architecture": architecture,

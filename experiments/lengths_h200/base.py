@@ -1,15 +1,17 @@
-"""The policies that the runs of lengths_h200.yaml and hybrid_ratio.yaml start from, one for each length.
+"""The policies that lengths_h200.yaml and hybrid_ratio.yaml start from, one for each length and seed.
 
-    python experiments/lengths_h200/base.py hybrid 2048 -o runs/countdown_base
+    python experiments/lengths_h200/base.py hybrid 2048 --seed 0 -o runs/countdown_base
 
 Supervised training from random weights on countdowns of 256 tokens, then of twice as many, up to the length
-asked for; each time until the policy is sometimes right, and leaves a checkpoint: hybrid_256, hybrid_512.
+asked for; each time until the policy is sometimes right, and leaves a checkpoint: hybrid_256_seed0,
+hybrid_512_seed0.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +37,13 @@ def main(
     architecture: Annotated[Architecture, typer.Argument(help="As `architecture` of a run.")],
     length: Annotated[int, typer.Argument(help="Longest required answers, in tokens.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoints' folders.")],
+    seed: Annotated[int, typer.Option(min=0, max=255, help="Of weights and data.")] = 0,
     preset: Annotated[str, typer.Option(help="Shape of the hybrid.")] = "small",
     first: Annotated[int, typer.Option(help="Length to begin with.")] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens of a step, about.")] = 16384,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
     target: Annotated[float, typer.Option(help="Pass rate to stop at.")] = 0.25,
-    every: Annotated[int, typer.Option(help="Steps between two looks at the pass rate.")] = 2,
+    every: Annotated[int, typer.Option(help="Steps between two looks at the pass rate.")] = 4,
     seconds: Annotated[float, typer.Option(help="Save what there is after so many, and stop.")] = 600,
 ) -> None:
     """Train, and leave checkpoints in the released format with the curve of pass rates beside each."""
@@ -48,7 +51,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = ModelConfig.model_validate({"preset": preset, "dtype": "bfloat16"})
-    model = LearnerSpec(model_config(shape, architecture), dtype).policy(seed=0).to(device).train()
+    model = LearnerSpec(model_config(shape, architecture), dtype).policy(seed).to(device).train()
     optimizer = Optimizer(model.named_parameters(), LearnerConfig(learning_rate=rate, warmup_steps=20))
     tokenizer = build_tokenizer()
 
@@ -57,51 +60,54 @@ def main(
         hidden = model.packed_hidden_states(batch.input_ids[0], batch.cu_seqlens, batch.sequence_lengths)
         return token_logprobs(hidden[batch.predictors], model.lm_head.weight, batch.targets)[0]
 
-    def packed(examples: Sequence[Example]) -> list[MicroBatch]:
-        return pack(examples_as_rollouts(examples), max(tokens, 2 * length))
-
     curve: list[tuple[int, int, float, float]] = []
     step = 0
+    background = ThreadPoolExecutor(1)  # draws a step's data while the GPU computes the last one
     for now in lengths(first, length):
         task = make_task("countdown", now, {})
-        solutions = Solutions(task, tokenizer, seed=now)
+        # A tokenizer serves one thread at a time.
+        solutions = Solutions(task, build_tokenizer(), seed=now + seed)
         problems = [task.problem("validation", key) for key in range(LOOKED_AT)]
         batch_size = max(1, tokens // now)
+
+        def drawn(place: int, solutions: Solutions = solutions, size: int = batch_size) -> MicroBatch:
+            examples = [solutions.at(number) for number in range(place, place + size)]
+            (batch,) = pack(examples_as_rollouts(examples), sum(map(len_of, examples)))
+            return batch
+
         begun = step
+        coming = background.submit(drawn, 0)
         while True:
             if (step - begun) % every == 0:
-                curve.append(
-                    (
-                        now,
-                        step,
-                        pass_rate(model, tokenizer, problems),
-                        round(time.perf_counter() - started, 2),
-                    )
-                )
-                print(architecture, *curve[-1], flush=True)
-                if curve[-1][2] >= target or curve[-1][3] >= seconds:
+                reached = pass_rate(model, tokenizer, problems)
+                curve.append((now, step, reached, round(time.perf_counter() - started, 2)))
+                print(architecture, seed, *curve[-1], flush=True)
+                if reached >= target or curve[-1][3] >= seconds:
                     break
-            place = (step - begun) * batch_size
-            examples = [solutions.at(place + i) for i in range(batch_size)]
-            total = sum(len(example.completion_ids) for example in examples)
-            loss = torch.zeros((), device=device)
-            for batch in packed(examples):
-                part = -logprobs(batch).sum() / total
-                part.backward()
-                loss += part.detach()
+            batch = coming.result()
+            coming = background.submit(drawn, (step + 1 - begun) * batch_size)
+            loss = -logprobs(batch).mean()
+            loss.backward()
             step += 1
-            optimizer.step(optimizer.learning_rate(step), loss)
+            optimizer.step(optimizer.learning_rate(step), loss.detach())
             optimizer.zero_grad()
-        folder = output / f"{architecture}_{now}"
+        folder = output / f"{architecture}_{now}_seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(
             folder, state_dict={name: x.to(torch.bfloat16) for name, x in model.state_dict().items()}
         )
         tokenizer.save_pretrained(folder)
-        write_json(folder / "base.json", {"tokens": tokens, "rate": rate, "target": target, "curve": curve})
+        write_json(
+            folder / "base.json",
+            {"seed": seed, "tokens": tokens, "rate": rate, "target": target, "curve": curve},
+        )
         if curve[-1][3] >= seconds:
-            print(f"{architecture}: time is over at {now} of {length} tokens", flush=True)
+            print(f"{architecture} {seed}: time is over at {now} of {length} tokens", flush=True)
             break
+
+
+def len_of(example: Example) -> int:
+    return len(example.prompt_ids) + len(example.completion_ids)
 
 
 def lengths(first: int, last: int) -> Iterator[int]:

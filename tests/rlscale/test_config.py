@@ -267,14 +267,15 @@ def test_a_grid_holds_every_cell_once_with_the_budget_rounded_up(
     assert all(parse_config(RunConfig, cell.model_dump()) == cell for cell in cells)
 
 
-def test_a_sweep_starts_each_architecture_and_length_from_its_own_checkpoint() -> None:
+def test_a_sweep_starts_each_architecture_length_and_seed_from_its_own_checkpoint() -> None:
     tree = {
         "architectures": ["hybrid_1to1", "mla"],
         "required_lengths": [8, 16],
-        "run": {"model": {"checkpoint": "base/{architecture}/{required_length}"}},
+        "seeds": [3],
+        "run": {"model": {"checkpoint": "base/{architecture}/{required_length}_{seed}"}},
     }
     found = {str(run.model.checkpoint) for run in parse_config(SweepConfig, tree).cells()}
-    assert found == {"base/hybrid_1to1/8", "base/hybrid_1to1/16", "base/mla/8", "base/mla/16"}
+    assert found == {"base/hybrid_1to1/8_3", "base/hybrid_1to1/16_3", "base/mla/8_3", "base/mla/16_3"}
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
