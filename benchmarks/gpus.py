@@ -9,19 +9,21 @@
 - context: KDA of one sequence that 2, 4, ... up to all ranks share along its tokens against one GPU that has
   it whole: forward, forward and backward, and relative errors of output and gradients.
 
-Without names all three. Without GPUs everything is small and goes over gloo, for a trial. The file is written
-again after every case; a part that fails says so in it. Rank 0 prints what it is about to do, with the
-seconds since it was started, so that a run cut short says how far it came.
+Without names all three. Without GPUs everything is small and goes over gloo, for a trial. With --shared all
+ranks share one GPU, over NCCL all the same: differences are measured and nothing is timed. The file is
+written again after every case; a part that fails says so in it. Rank 0 prints what it is about to do, with
+the seconds since it was started, so that a run cut short says how far it came.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -67,7 +69,7 @@ class Sizes:
             longest.
         heads, head_dim: of the KDA layer.
         tokens: of the sequences that the ranks share; outputs are compared at the first.
-        repeats: timings to take the median of.
+        repeats: timings to take the median of; 0: nothing is timed.
     """
 
     bytes: tuple[int, ...]
@@ -93,17 +95,23 @@ GPU = Sizes(
 CPU = Sizes((MIB,), "tiny", (4, 10, 20), (4, 10, 20), 2, 16, (128, 256), 1)
 
 
-def rank_main(rank: int, ranks: int, address: str, names: list[str], sizes: Sizes, output: Path) -> None:
+def rank_main(
+    rank: int, ranks: int, address: str, names: list[str], sizes: Sizes, output: Path, shared: bool
+) -> None:
     """One rank of all parts; rank 0 keeps the cases."""
     on_gpus = torch.cuda.is_available()
     if on_gpus:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(0 if shared else rank)
+        if shared:
+            # NCCL lets no two ranks of a host share a GPU: let them be hosts that meet on loopback.
+            os.environ |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     else:
         torch.set_num_threads(1)
     device = torch.device("cuda" if on_gpus else "cpu")
     say(rank, f"rank 0 of {ranks} meets the others")
     team = Ranks.join(address, rank, ranks, device)
-    results = Results(output if rank == 0 else None, {"ranks": ranks})
+    about = {"ranks": ranks} | ({"gpus": 1} if shared else {})
+    results = Results(output if rank == 0 else None, about)
     for name in names:
         say(rank, name)
         try:
@@ -174,7 +182,7 @@ def learner(team: Ranks, device: torch.device, sizes: Sizes) -> Iterator[Case]:
         yield {"architecture": architecture, "dtype": "float32", **differences}
         release()
     lengths = ragged_lengths(*sizes.timed)
-    for architecture, shape in shapes.items():
+    for architecture, shape in shapes.items() if sizes.repeats else ():
         rollouts = ragged_rollouts(shape, lengths)
         tokens = sum(len(r.prompt_ids) + len(r.completion.token_ids) for r in rollouts)
         for size in (1, team.size):
@@ -298,7 +306,9 @@ def context_seconds(
     device: torch.device,
     sizes: Sizes,
 ) -> float | None:
-    """Of `tokens` on each member while the others wait; None where they do not fit."""
+    """Of `tokens` on each member while the others wait; None where they do not fit, or nothing is timed."""
+    if not sizes.repeats:
+        return None
     needed = (TRAINED_TENSORS if backward else FORWARD_TENSORS) * tokens * sizes.heads * sizes.head_dim
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2**60
     # All ranks decide alike: one that runs out of memory would leave the others waiting.
@@ -405,14 +415,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which; all without")
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpus.json"))
+    parser.add_argument("--shared", action="store_true", help="all ranks on one GPU; compare, time nothing")
     chosen = parser.parse_args(arguments)
     on_gpus = torch.cuda.is_available()
-    if on_gpus and chosen.ranks > torch.cuda.device_count():
+    sizes = GPU if on_gpus else CPU
+    if chosen.shared:
+        sizes = replace(sizes, bytes=(), tokens=sizes.tokens[:1], repeats=0)
+    if on_gpus and not chosen.shared and chosen.ranks > torch.cuda.device_count():
         parser.error(f"--ranks {chosen.ranks} needs as many GPUs, there are {torch.cuda.device_count()}")
     print(f"starting {chosen.ranks} ranks", flush=True)
     multiprocessing.spawn(
         rank_main,
-        (chosen.ranks, free_address(), chosen.parts or list(PARTS), GPU if on_gpus else CPU, chosen.output),
+        (chosen.ranks, free_address(), chosen.parts or list(PARTS), sizes, chosen.output, chosen.shared),
         nprocs=chosen.ranks,
     )
 

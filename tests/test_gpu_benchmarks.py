@@ -32,6 +32,16 @@ def test_two_ranks_measure_link_learner_and_context_and_agree_with_one(tmp_path:
     )
 
 
+def test_ranks_that_share_a_gpu_are_compared_and_not_timed(tmp_path: Path) -> None:
+    out = tmp_path / "gpus.json"
+    gpus.main(["--ranks", "2", "--shared", "--output", str(out)])
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["part"] for case in cases] == ["learner", "learner", "context"]
+    assert not [case for case in cases if "error" in case]
+    assert all(case["gradient_error"] < 1e-5 for case in cases[:2])
+    assert not [key for case in cases for key in case if key.endswith("_ms") and case[key] is not None]
+
+
 def test_a_part_that_fails_says_so_and_the_next_one_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
