@@ -25,7 +25,7 @@ from transformers import KimiLinearConfig
 from rlscale.bench.cli import both_architectures
 from rlscale.bench.processes import answer, questions, start
 from rlscale.bench.results import Results
-from rlscale.bench.rollout import EngineBench, Workload, most_sequences
+from rlscale.bench.rollout import SEED, TEMPERATURE, EngineBench, Workload, most_sequences
 from rlscale.rollout.vllm_engine import engine_peak_bytes, start_engine
 
 STEPS = 64
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     room = max(chosen.context + chosen.prefill) + chosen.steps + ROOM
     model.model_max_length = model.max_position_embeddings = max(model.max_position_embeddings, room)
     settings = {key: value for key, value in vars(chosen).items() if key != "output"}
-    results = Results(chosen.output, settings)
+    results = Results(chosen.output, settings | {"temperature": TEMPERATURE, "seed": SEED})
 
     def side(ranks: int) -> Side:
         workloads = [Workload(context, n or None) for context in chosen.context for n in chosen.sequences]

@@ -83,11 +83,12 @@ def bench_rollout(
     import torch
 
     from rlscale.bench.plots import plot_rollout
-    from rlscale.bench.rollout import Workload
+    from rlscale.bench.rollout import SEED, TEMPERATURE, Workload
     from rlscale.bench.rollout import bench_rollout as measure
 
     workloads = [Workload(tokens, number or None) for tokens in context for number in sequences]
-    results = new_results(output, preset, overrides, dtype, {"cache_gib": cache_gib, "steps": steps})
+    how = {"cache_gib": cache_gib, "steps": steps, "temperature": TEMPERATURE, "seed": SEED}
+    results = new_results(output, preset, overrides, dtype, how)
     models = both_architectures(preset, overrides)
     kind = getattr(torch, dtype.value)
     for case in measure(models, workloads, prefill or [], kind, cache_gib, steps, tensor_parallel):

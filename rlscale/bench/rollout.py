@@ -14,7 +14,11 @@ from kimi_linear.config import cache_size
 from rlscale.bench.results import release, synchronize
 from rlscale.config import Architecture
 from rlscale.memory import GIB
-from rlscale.rollout.vllm_engine import CachePool, engine_peak_bytes, start_engine
+from rlscale.rollout.vllm_engine import CachePool, engine_peak_bytes, sampling_params, start_engine
+from rlscale.types import Sampling
+
+TEMPERATURE = 1.0
+SEED = 0
 
 _WARM_STEPS = 8
 _PROMPT_TOKEN = 3
@@ -44,8 +48,9 @@ def bench_rollout(
 ) -> Iterator[dict[str, Any]]:
     """Cases as plain dictionaries, one architecture after the other, each in an engine of its own.
 
-    Decoding: `step_ms` (time per output token, scheduling and greedy sampling included), `tokens_per_s`; both
-    None where so many sequences do not fit.
+    Decoding: `step_ms` (time per output token, scheduling and sampling included), `tokens_per_s`; both None
+    where so many sequences do not fit. Tokens are drawn as runs draw them: at `TEMPERATURE`, each sequence
+    with a seed of its own, with the log-probabilities of what is drawn; but nothing ends a sequence early.
     Both kinds: `cache_bytes_per_sequence` on all ranks together, `sequences_that_fit`, `peak_bytes` of memory
     that a process of the engine has used so far, its cache included. Prefill of a single prompt: `prefill_s`.
     Weights are vLLM's random ones; contexts behind which an engine decodes are planted, not computed.
@@ -182,25 +187,23 @@ class EngineBench:
         return time.perf_counter() - started
 
     def _add(self, sequences: int, context: int, planted: bool) -> list[str]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         from rlscale.rollout.planted import PLANTED
 
-        names = [f"{PLANTED if planted else 'computed-'}{self._requests + i}" for i in range(sequences)]
-        self._requests += sequences
-        for name in names:
-            self._engine.add_request(
-                name,
-                {"prompt_token_ids": [_PROMPT_TOKEN] * context},
-                SamplingParams(
-                    max_tokens=self._steps + 3 * _WARM_STEPS,
-                    temperature=0.0,
-                    ignore_eos=True,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                ),
+        names = []
+        for _ in range(sequences):
+            names.append(f"{PLANTED if planted else 'computed-'}{self._requests}")
+            sampling = Sampling(
+                max_tokens=self._steps + 3 * _WARM_STEPS,
+                temperature=TEMPERATURE,
+                seed=SEED,
+                first_prompt=self._requests,
             )
+            self._engine.add_request(
+                names[-1],
+                {"prompt_token_ids": [_PROMPT_TOKEN] * context},
+                sampling_params(sampling, stops=[]),
+            )
+            self._requests += 1
         return names
 
     def _abort(self, names: list[str]) -> None:

@@ -35,7 +35,7 @@ from rlscale.rollout.engine import (
     completion_seed,
     stop_token_ids,
 )
-from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest
+from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest, Sampling
 from rlscale.weights.base import account_for
 from rlscale.weights.digests import Digests, differences, digests
 from rlscale.weights.shared_memory import SharedMemoryPublisher
@@ -143,6 +143,33 @@ def start_engine(
             raise _explained(error, context, cache_gib) from error
     skip_settled_allocations(engine.engine_core.engine_core.scheduler.kv_cache_manager)
     return engine
+
+
+def sampling_params(sampling: Sampling, stops: Sequence[int]) -> Any:
+    """How runs draw the completions of a prompt, log-probabilities of what is drawn among the outputs.
+
+    Args:
+        stops: tokens that end a completion before its budget; with none, nothing does.
+
+    Returns:
+        `vllm.SamplingParams`.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    seed = sampling.seed
+    return SamplingParams(
+        n=sampling.samples,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        seed=None if seed is None else completion_seed(seed, sampling.first_prompt, 0),
+        stop_token_ids=list(stops),
+        ignore_eos=not stops,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 class CachePool:
@@ -262,29 +289,14 @@ class VLLMEngine(RolloutEngine):
 
         With a seed, what is drawn depends on it and on a completion's place; without, on vLLM's own state.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         if self._version is None:
             raise RuntimeError("the engine has no weights yet: sync before generating")
         check_requests(requests, self._context)
         for request in requests:
-            sampling = request.sampling
-            seed = sampling.seed
             self._engine.add_request(
                 str(request.key),
                 {"prompt_token_ids": request.prompt_ids},
-                SamplingParams(
-                    n=sampling.samples,
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    seed=None if seed is None else completion_seed(seed, sampling.first_prompt, 0),
-                    stop_token_ids=self._stop_token_ids,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                ),
+                sampling_params(request.sampling, self._stop_token_ids),
             )
 
     def step(self) -> list[FinishedGroup]:

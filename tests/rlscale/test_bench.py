@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from kimi_linear.config import cache_size, preset
 from rlscale import cli
 from rlscale.bench.learner import batch_rows, padded_batch, ragged_lengths, ragged_rollouts
 from rlscale.bench.mismatch import compare_logprobs, random_policy, random_prompts
-from rlscale.bench.rollout import Workload, bench_rollout
+from rlscale.bench.rollout import SEED, Workload, bench_rollout
 from rlscale.bench.sync import engine_places
 from rlscale.config import LearnerConfig, RolloutConfig
 from rlscale.errors import UserError
-from rlscale.types import Completion
+from rlscale.rollout.vllm_engine import sampling_params
+from rlscale.types import Completion, Sampling
 
 SHAPE = preset("tiny", {"hidden_size": 64, "intermediate_size": 96})
 
@@ -29,7 +31,19 @@ def rlscale(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.vllm
-def test_rollouts_decode_behind_planted_contexts_and_prefill_for_real() -> None:
+def test_rollouts_decode_behind_planted_contexts_and_prefill_for_real(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    asked = []
+    add = LLMEngine.add_request
+
+    def noting(engine: LLMEngine, name: str, prompt: Any, how: Any) -> str:
+        asked.append(how)
+        return add(engine, name, prompt, how)
+
+    monkeypatch.setattr(LLMEngine, "add_request", noting)
     workloads = [Workload(3000, 2), Workload(3000, None), Workload(3000, 90)]
     cache_gib = 0.05
     cases = list(bench_rollout({"hybrid": SHAPE}, workloads, [600], torch.float32, cache_gib, steps=4))
@@ -46,6 +60,14 @@ def test_rollouts_decode_behind_planted_contexts_and_prefill_for_real() -> None:
     assert (too_many["sequences"], too_many["step_ms"]) == (90, None)
     # A real prefill of 3000 tokens would take several times as long as one of 600.
     assert fixed["step_ms"] / 1e3 < prefill["prefill_s"] * 5
+    # As runs draw, but to the end of the budget.
+    run = sampling_params(Sampling(max_tokens=28, seed=SEED), stops=[2])
+    for how in asked:
+        assert (how.temperature, how.logprobs, how.flat_logprobs) == (1.0, 0, True)
+        assert (how.output_kind, how.detokenize, how.n) == (run.output_kind, run.detokenize, run.n)
+        assert (how.ignore_eos, run.ignore_eos) == (True, False)
+    assert len({how.seed for how in asked}) == len(asked)
+    assert run.seed == asked[0].seed
 
 
 def test_mismatch_counts_what_one_side_adds() -> None:
