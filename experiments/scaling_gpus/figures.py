@@ -65,7 +65,7 @@ def draw(results: Path, out: Path) -> None:
         for row, (work, title) in zip(
             grid, (("per_gpu", "the same work for each GPU"), ("fixed", "the same work in all")), strict=True
         ):
-            ours = [r for r in records if r["work"] == work or r["gpus"] == 1]
+            ours = [r for r in records if r["work"] == work or (r["gpus"], r["work"]) == (1, "per_gpu")]
             kinds = list(dict.fromkeys((r["layout"], r["mode"]) for r in ours))
             for axes, (name, label) in zip(row, PANELS.items(), strict=True):
                 bars(axes, ours, name, kinds)

@@ -355,14 +355,15 @@ class Case:
 
 
 def cases(base: RunConfig, layouts: Sequence[Layout], on_gpus: bool) -> list[Case]:
-    """What is predicted and then run, what is wanted most first: one GPU, which has one mode and one batch;
-    work that grows with the GPUs; the same work on all of them; one step off."""
+    """What is predicted and then run, what is wanted most first: one GPU, which has one mode, and once more
+    with twice the work; work that grows with the GPUs; the same work on all of them; one step off."""
     found = []
     for architecture, layout in itertools.product(ARCHITECTURES, layouts):
         placed = layout.place(base.model_copy(update={"architecture": architecture}), on_gpus)
         prompts = placed.rollout.prompts_per_step
         modes = modes_of(placed)[:1] if layout.shared else modes_of(placed)
-        works = {"per_gpu": prompts * layout.gpus} | ({} if layout.shared else {"fixed": prompts})
+        other = {"double": 2 * prompts} if layout.shared else {"fixed": prompts}
+        works = {"per_gpu": prompts * layout.gpus} | other
         for work, count in works.items():
             for mode in modes:
                 config = variant(placed, prompts_per_step=count).model_copy(update={"mode": mode})
@@ -591,7 +592,8 @@ def main(
         write(output / "predictions.json", about, wanted, found)
         log("predictions.json is written")
 
-        for layout, name in dict.fromkeys((case.layout, case.name) for case in wanted):
+        orders = list(dict.fromkeys((case.layout, case.name) for case in wanted))
+        for place_in_line, (layout, name) in enumerate(orders, start=1):
             for group in side_by_side([each for each in workplaces if each.layout == layout]):
                 if time.monotonic() - began > limit:
                     log(f"no time for {layout} {name}")
@@ -606,8 +608,8 @@ def main(
                     due[id(each)].measured = due[id(each)].outcome(each)
                 log(f"{layout} {name}: {', '.join(each.architecture for each in group)}")
                 write(output / "results.json", about, wanted, found)
-            if layout.shared:  # its only run, and what its engines and learner hold others can use
-                for each in shared:
+            if layout.shared and all(other != layout for other, _ in orders[place_in_line:]):
+                for each in shared:  # others can use what its engines and learner hold
                     closing.submit(each.close)
     finally:
         pool.shutdown(cancel_futures=True)

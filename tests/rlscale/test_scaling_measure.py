@@ -70,7 +70,7 @@ def test_no_run_that_gives_costs_is_one_that_is_predicted_and_all_are_possible()
             check(config)
 
 
-def test_one_gpu_has_one_run_and_several_have_every_mode_those_wanted_most_first():
+def test_one_gpu_has_two_batches_and_several_have_every_mode_those_wanted_most_first():
     layouts = [measure.Layout.parse(name) for name in ("1", "3+1")]
     found = [
         (str(case.layout), case.mode.kind, case.work, case.prompts)
@@ -79,6 +79,7 @@ def test_one_gpu_has_one_run_and_several_have_every_mode_those_wanted_most_first
     ]
     assert found == [
         ("1", "synchronous", "per_gpu", 8),
+        ("1", "synchronous", "double", 16),
         ("3+1", "synchronous", "per_gpu", 32),
         ("3+1", "asynchronous", "per_gpu", 32),
         ("3+1", "synchronous", "fixed", 8),
@@ -95,7 +96,7 @@ def test_predictions_rest_on_results_that_exist_and_say_which(tmp_path, monkeypa
     costs = [results / "rollout_h200.json", results / "sync_h200.json"]
     measure.main(FOLDER / "eight_layers.yaml", [], costs, out, "H200", tmp_path, ["1"])
     found = json.loads(out.read_text())
-    assert len(found["cases"]) == 2
+    assert len(found["cases"]) == 4
     assert all(case["predicted"]["step_s"] > 0 and case["measured"] is None for case in found["cases"])
     for each in found["costs"]:
         assert each["measured_by"] == ["rollout_h200.json", "sync_h200.json"]
