@@ -19,12 +19,12 @@ import torch
 import typer
 
 from rlscale.config import Architecture, LearnerConfig, ModelConfig
-from rlscale.learner.examples import Solutions
+from rlscale.learner.examples import Solutions, encode_example
 from rlscale.learner.learner import LearnerSpec
 from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.optimizer import Optimizer
 from rlscale.learner.packing import MicroBatch, examples_as_rollouts, pack
-from rlscale.learner.warm_start import pass_rate
+from rlscale.learner.pass_rate import mean_probability
 from rlscale.models import model_config
 from rlscale.runs.files import write_json
 from rlscale.tasks import build_tokenizer, make_task
@@ -68,6 +68,7 @@ def main(
         # A tokenizer serves one thread at a time.
         solutions = Solutions(task, build_tokenizer(), seed=now + seed)
         problems = [task.problem("validation", key) for key in range(LOOKED_AT)]
+        solved = [encode_example(tokenizer, problem.prompt, problem.answer) for problem in problems]
         batch_size = max(1, tokens // now)
 
         def drawn(place: int, solutions: Solutions = solutions, size: int = batch_size) -> MicroBatch:
@@ -79,7 +80,7 @@ def main(
         coming = background.submit(drawn, 0)
         while True:
             if (step - begun) % every == 0:
-                reached = pass_rate(model, tokenizer, problems)
+                reached = mean_probability(model, tokenizer, solved)
                 curve.append((now, step, reached, round(time.perf_counter() - started, 2)))
                 print(architecture, seed, *curve[-1], flush=True)
                 if reached >= target or curve[-1][3] >= seconds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from rlscale.learner.examples import Examples
-from rlscale.types import Example
-
-IGNORED = -100
+from rlscale.tasks.streams import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +158,3 @@ class _AfterStep(TrainerCallback):
         if self._after_step(state.global_step, self._trainer.loss):
             control.should_training_stop = True
         return control
-
-
-def padded(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, labels (prompts and padding ignored) and attention mask of a batch, each [B, longest]
-    int64."""
-    longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
-    ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(examples), longest), IGNORED)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, example in enumerate(examples):
-        prompt, length = len(example.prompt_ids), len(example.prompt_ids) + len(example.completion_ids)
-        ids[row, :length] = torch.tensor([*example.prompt_ids, *example.completion_ids])
-        labels[row, prompt:length] = torch.tensor(example.completion_ids)
-        mask[row, :length] = 1
-    return ids, labels, mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlscale.config import WarmStartConfig
 from rlscale.errors import UserError
 from rlscale.learner.examples import Solutions, encode_example
-from rlscale.learner.importance import sequence_sums
-from rlscale.learner.logprobs import token_logprobs
-from rlscale.learner.supervised import IGNORED, Schedule, padded, train_supervised
+from rlscale.learner.pass_rate import mean_probability
+from rlscale.learner.supervised import Schedule, train_supervised
 from rlscale.tasks import Task
-from rlscale.types import Example, Problem
+from rlscale.types import Example
 
 VALIDATION_PROBLEMS = 128
-_TOKENS_AT_A_TIME = 1 << 16
-"""Of prompts and answers whose pass rate is looked at."""
 LR_WARMUP_STEPS = 20
 
 
@@ -63,7 +60,7 @@ def warm_start(
     started = time.perf_counter()
     was_training = model.training
     validation = [task.problem("validation", key) for key in range(VALIDATION_PROBLEMS)]
-    examples = [_solved(tokenizer, problem) for problem in validation]
+    examples = [encode_example(tokenizer, problem.prompt, problem.answer) for problem in validation]
     progress = _StopAtTarget(model, examples, tokenizer, config, on_progress)
     progress.look(step=0)
     tokens = 0
@@ -80,25 +77,6 @@ def warm_start(
         )
     wall_s = time.perf_counter() - started
     return WarmStartReport(progress.step, progress.pass_rate, wall_s, tokens)
-
-
-@torch.no_grad()
-def pass_rate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-) -> float:
-    """The mean probability that a sample at temperature 1 is `Problem.answer` and stops there; draws none.
-
-    For one problem it is exp(Σ_t log π(answer_t | prompt, answer_<t)), end-of-sequence included. Where a task
-    accepts other answers too, this is a lower bound of the pass rate. The output head computes in float32, as
-    in RL.
-    """
-    return _pass_rate(model, tokenizer, [_solved(tokenizer, problem) for problem in problems])
-
-
-def _solved(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Example:
-    return encode_example(tokenizer, problem.prompt, problem.answer)
 
 
 class _StopAtTarget:
@@ -126,7 +104,7 @@ class _StopAtTarget:
 
     def look(self, step: int) -> None:
         self.step = step
-        self.pass_rate = _pass_rate(self.model, self.tokenizer, self.examples)
+        self.pass_rate = mean_probability(self.model, self.tokenizer, self.examples)
         if self.on_progress is not None:
             self.on_progress(step, self.pass_rate)
 
@@ -134,37 +112,3 @@ class _StopAtTarget:
         if step % self.config.evaluate_every == 0 or step == self.config.max_steps:
             self.look(step)
         return self.reached
-
-
-def _pass_rate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> float:
-    was_training = model.training
-    model.eval()
-    longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
-    rows = max(1, _TOKENS_AT_A_TIME // longest)
-    with torch.no_grad():
-        parts = [
-            _log_probabilities(model, tokenizer, examples[first : first + rows])
-            for first in range(0, len(examples), rows)
-        ]
-    model.train(was_training)
-    return float(torch.cat(parts).exp().mean())
-
-
-def _log_probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
-) -> torch.Tensor:
-    """log π(completion | prompt) of each example, [B] float64."""
-    ids, labels, mask = padded(examples, tokenizer)
-    head, hidden = model.get_output_embeddings(), []
-    # What the model gives has been through its own head, in its own dtype.
-    handle = head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
-    try:
-        model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    finally:
-        handle.remove()
-    targets = labels[:, 1:].to(model.device)
-    told = targets != IGNORED
-    logprobs, _ = token_logprobs(hidden[0][:, :-1][told], head.weight, targets[told])
-    return sequence_sums(logprobs.double(), told.sum(1))

@@ -16,7 +16,8 @@ from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.config import WarmStartConfig
 from rlscale.errors import UserError
-from rlscale.learner.warm_start import pass_rate, warm_start
+from rlscale.learner.pass_rate import pass_rate
+from rlscale.learner.warm_start import warm_start
 from rlscale.tasks import Task, build_tokenizer, encode_prompt, encode_text, make_task
 
 TOKENIZER = build_tokenizer()
@@ -127,7 +128,7 @@ def test_a_pass_rate_is_the_same_however_few_problems_are_looked_at_at_a_time(mo
     model, task = llama().double(), make_task("sorting", 6, EASY)
     problems = [task.problem("validation", key) for key in range(7)]
     whole = pass_rate(model, TOKENIZER, problems)
-    monkeypatch.setattr("rlscale.learner.warm_start._TOKENS_AT_A_TIME", 40)
+    monkeypatch.setattr("rlscale.learner.pass_rate._TOKENS_AT_A_TIME", 40)
     assert pass_rate(model, TOKENIZER, problems) == pytest.approx(whole, rel=1e-9)
 
 
