@@ -12,7 +12,7 @@ import torch
 from rlscale.algorithms import Correction, NoCorrection
 from rlscale.learner.metrics import Metrics
 
-_GREATEST_LOG_RATIO = 20.0
+GREATEST_LOG_RATIO = 20.0
 """e^20 is beyond every bound worth setting, and means over such ratios are still finite."""
 
 
@@ -39,7 +39,7 @@ def importance_weights(
     log_ratio = (old_logprobs - rollout_logprobs).detach()
     if config.level == "sequence":
         log_ratio = sequence_sums(log_ratio, lengths).repeat_interleave(lengths)
-    ratio = _exp(log_ratio)
+    ratio = bounded_exp(log_ratio)
     if config.kind == "truncate":
         return ratio.clamp(config.low, config.high)
     return torch.where((ratio >= config.low) & (ratio <= config.high), ratio, 0.0)
@@ -61,8 +61,8 @@ def mismatch_metrics(
     `importance_bounded`: the fraction of tokens whose weight the correction changed.
     """
     log_ratio = (old_logprobs - rollout_logprobs).detach()
-    of_sequences = _exp(sequence_sums(log_ratio, lengths))
-    ratio, distance = _exp(log_ratio), log_ratio.abs()
+    of_sequences = bounded_exp(sequence_sums(log_ratio, lengths))
+    ratio, distance = bounded_exp(log_ratio), log_ratio.abs()
     bounded = torch.zeros_like(ratio)
     if isinstance(config, Correction):
         free = config.model_copy(update={"low": 0.0, "high": float("inf")})
@@ -88,10 +88,12 @@ def sequence_sums(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """e^x - 1 - x: an estimate of a KL divergence, never negative (J. Schulman, 2020)."""
+    """e^x - 1 - x: an estimate of a KL divergence, never negative (J. Schulman, 2020); x is 20 at most."""
+    x = log_ratio.clamp(max=GREATEST_LOG_RATIO)
     # expm1 keeps the digits that exp(x) - 1 loses for the small ratios of a nearly unchanged policy.
-    return torch.expm1(log_ratio) - log_ratio
+    return torch.expm1(x) - x
 
 
-def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
-    return log_ratio.clamp(max=_GREATEST_LOG_RATIO).exp()
+def bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    """min(e^x, e^20), without gradient at the bound; carries gradient below."""
+    return log_ratio.clamp(max=GREATEST_LOG_RATIO).exp()

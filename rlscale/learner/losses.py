@@ -8,6 +8,9 @@ In the formulas r_t = exp(log π(t) - log π_old(t)) is a token's importance rat
 advantage, |y| the tokens of a completion and w_t the weight that `rlscale.learner.importance` gives a token,
 1 without a correction. mean_t is one of the means of `TokenMean`; weights scale the terms, not what these are
 divided by.
+
+Ratios end at e^20, where their gradient ends too: a whole completion's can overflow, and infinity times the
+zero of a clip or of an advantage is no number, which would spoil the minibatch. TRL's have no such bound.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from rlscale.algorithms import (
     RLOOConfig,
     ScaleRLConfig,
 )
-from rlscale.learner.importance import k3, sequence_sums
+from rlscale.learner.importance import GREATEST_LOG_RATIO, bounded_exp, k3, sequence_sums
 from rlscale.learner.metrics import Metrics
 
 TokenMean = Literal["token", "sequence", "prompt"] | int
@@ -112,8 +115,7 @@ def clipped_loss(
     arXiv:2503.20783, section 3.2; REINFORCE++, arXiv:2501.03262, clips alike.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio = log_ratio.exp()
-    objective, clipped = _clipped(ratio, tokens.advantages, clip_low, clip_high)
+    objective, clipped = _clipped(log_ratio, tokens.advantages, clip_low, clip_high)
     return -_mean(tokens, tokens.weights * objective, mean), _metrics(tokens, log_ratio, clipped)
 
 
@@ -126,8 +128,8 @@ def rloo_loss(tokens: PolicyTokens, clip_low: float, clip_high: float) -> tuple[
     sum_t ∇ log π(t) / S; ratio and clip, as TRL has them, let a batch serve several updates.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio = sequence_sums(log_ratio, tokens.lengths).exp().repeat_interleave(tokens.lengths)
-    objective, clipped = _clipped(ratio, tokens.advantages, clip_low, clip_high)
+    of_sequence = sequence_sums(log_ratio, tokens.lengths).repeat_interleave(tokens.lengths)
+    objective, clipped = _clipped(of_sequence, tokens.advantages, clip_low, clip_high)
     return -_mean(tokens, tokens.weights * objective, "sequence"), _metrics(tokens, log_ratio, clipped)
 
 
@@ -139,9 +141,8 @@ def gspo_loss(tokens: PolicyTokens, clip_low: float, clip_high: float) -> tuple[
     arXiv:2507.18071, eq. 5 and 7. W is the mean of the completion's weights w_t.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    means = sequence_sums(log_ratio, tokens.lengths) / tokens.lengths
-    ratio = means.exp().repeat_interleave(tokens.lengths)
-    objective, clipped = _clipped(ratio, tokens.advantages, clip_low, clip_high)
+    means = (sequence_sums(log_ratio, tokens.lengths) / tokens.lengths).repeat_interleave(tokens.lengths)
+    objective, clipped = _clipped(means, tokens.advantages, clip_low, clip_high)
     return -_mean(tokens, tokens.weights * objective, "sequence"), _metrics(tokens, log_ratio, clipped)
 
 
@@ -154,7 +155,7 @@ def cispo_loss(tokens: PolicyTokens, max_ratio: float, mean: TokenMean) -> tuple
     arXiv:2510.13786, section 4, takes the mean over prompts.
     """
     log_ratio = tokens.logprobs - tokens.old_logprobs
-    ratio = log_ratio.detach().exp()
+    ratio = bounded_exp(log_ratio.detach())
     terms = tokens.weights * ratio.clamp(max=max_ratio) * tokens.advantages * tokens.logprobs
     truncated = (ratio > max_ratio) & (tokens.advantages != 0)
     return -_mean(tokens, terms, mean), _metrics(tokens, log_ratio, truncated)
@@ -192,17 +193,19 @@ def _mean(tokens: PolicyTokens, terms: torch.Tensor, mean: TokenMean) -> torch.T
 
 
 def _clipped(
-    ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float
+    log_ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped objective [N], and where [N] the clip removed the gradient."""
+    """PPO's clipped objective [N], and where [N] the clip, or the ratio's own bound, removed the gradient."""
+    ratio = bounded_exp(log_ratio)
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    gone = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+    gone = (advantages > 0) & (ratio > 1 + high)
+    gone |= (advantages < 0) & ((ratio < 1 - low) | (log_ratio > GREATEST_LOG_RATIO))
     return objective, gone
 
 
 @torch.no_grad()
 def _metrics(tokens: PolicyTokens, log_ratio: torch.Tensor, clipped: torch.Tensor | None = None) -> Metrics:
-    sums = {"ratio_mean": log_ratio.exp().sum(), "kl": k3(log_ratio).sum()}
+    sums = {"ratio_mean": bounded_exp(log_ratio).sum(), "kl": k3(log_ratio).sum()}
     if clipped is not None:
         sums["clip_fraction"] = clipped.sum()
     return {name: total / tokens.minibatch_tokens for name, total in sums.items()}

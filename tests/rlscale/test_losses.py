@@ -154,6 +154,27 @@ def test_rloo_takes_a_completion_as_one_action_by_hand() -> None:
     assert gradient(rloo_loss(tokens, LOW, HIGH)[0], tokens) == pytest.approx([-0.5, -0.5, -0.5, 1.5])
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.kind)
+def test_no_ratio_is_too_large_for_finite_losses_gradients_and_metrics(algorithm: AlgorithmConfig) -> None:
+    # e^60 for each token and e^120 for a completion, which float32 cannot hold; then e^180 for each.
+    for log_ratio in (60.0, 180.0):
+        logprobs = torch.tensor([log_ratio] * 6 + [-log_ratio] * 2 + [0.0]).requires_grad_()
+        tokens = by_hand([1.0] * 9, [1.0, -1.0, 0.0, 1.0, 2.0], [2, 2, 2, 2, 1], [2, 2, 2, 2, 1])
+        tokens = replace(tokens, logprobs=logprobs)
+        loss, metrics = policy_loss(tokens, algorithm)
+        slopes = gradient(loss, tokens)
+        assert np.isfinite([loss.item(), *slopes, *(x.item() for x in metrics.values())]).all()
+        # The completion beside them is trained on as ever.
+        assert slopes[-1] < 0
+
+
+def test_a_ratio_at_its_bound_counts_as_clipped() -> None:
+    tokens = replace(by_hand([1.0], [-1.0], [1], [1]), logprobs=torch.tensor([20.5]).requires_grad_())
+    loss, metrics = rloo_loss(tokens, LOW, HIGH)
+    assert gradient(loss, tokens) == [0.0]
+    assert metrics["clip_fraction"].item() == 1
+
+
 def test_gspo_takes_the_geometric_mean_of_the_ratios_by_hand() -> None:
     # sqrt(4 * 1) = 2 with A = -1 is not clipped, sqrt(0.25) = 0.5 with A = -1 is, at 0.8.
     tokens = by_hand([4.0, 1.0, 0.5, 0.5], [-1.0, -1.0], [2, 2], [2, 2])
