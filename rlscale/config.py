@@ -210,7 +210,16 @@ class LearnerConfig(Section):
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for the worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs that Ray reserves for a worker; 0 computes on the CPU."""
+    """GPUs that Ray reserves for a worker, less than 1 where it shares one; 0 computes on the CPU."""
+
+    @model_validator(mode="after")
+    def _every_rank_has_a_device(self) -> LearnerConfig:
+        if self.workers > 1 and 0 < self.num_gpus < 1:
+            raise ValueError(
+                f"workers={self.workers} need a GPU each, which NCCL joins: set num_gpus to 1, or to 0 for "
+                f"CPUs, not {self.num_gpus:g}, or workers to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _an_adapter_has_one_worker(self) -> LearnerConfig:

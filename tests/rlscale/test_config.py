@@ -157,6 +157,11 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
             "rollout: {tensor_parallel_size: 2, num_gpus: 1}",
             r"^rollout: tensor_parallel_size=2 needs a GPU for each rank: set num_gpus to 2, or to 0",
         ),
+        (
+            RunConfig,
+            "learner: {workers: 2, num_gpus: 0.5}",
+            r"^learner: workers=2 need a GPU each, .*: set num_gpus to 1, or to 0 for CPUs, not 0\.5",
+        ),
         (RunConfig, "steps: 2.5", r"steps: .*\(given: 2\.5\)"),
         (RunConfig, "learner: 3", r"learner: .*\(given: 3\)"),
         (RunConfig, "steps: 5\nsteps: 6", r"'steps' is given twice"),
