@@ -16,7 +16,7 @@ from rlscale.errors import UserError
 from rlscale.learner.examples import Examples, supervised_data
 from rlscale.learner.learner import LearnerSpec
 from rlscale.models import check_tokenizer, model_config, tokenizer_for
-from rlscale.runs.files import full_disk_named, replace_file, write_json
+from rlscale.runs.files import full_disk_named, refuse_file, replace_file, write_json
 from rlscale.tasks import make_task
 from rlscale.types import Example
 
@@ -120,10 +120,9 @@ class _Fitting:
 
 
 def _refuse_taken(folder: Path, overwrite: bool) -> None:
+    refuse_file(folder, "the checkpoint")
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose a folder for the checkpoint")
     ours = (folder / REPORT).exists()
     if any(folder.iterdir()) and not (ours and overwrite):
         remedy = "--overwrite replaces it" if ours else "choose a new or an empty folder"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlscale.errors import UserError
 from rlscale.runs.environment import environment
 
 
@@ -32,9 +34,21 @@ def release() -> None:
 
 class Results:
     """A JSON file {"device", "environment", "settings", "cases"}, written again after every case; no file
-    without a path."""
+    without a path.
+
+    Raises:
+        UserError: the file's folder cannot be made.
+    """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = os.strerror(error.errno).lower() if error.errno else str(error)
+                raise UserError(
+                    f"no results can be written to {path} ({reason}): choose another file"
+                ) from None
         self.path = path
         self.cases: list[dict[str, Any]] = []
         self._about = {"device": device_name(), "environment": environment(), "settings": settings}
@@ -43,5 +57,4 @@ class Results:
         self.cases.append(case)
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({**self._about, "cases": self.cases}, indent=1) + "\n")

@@ -37,6 +37,17 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise
 
 
+def refuse_file(path: Path, purpose: str) -> None:
+    """Refuses a place for a folder that is a file or lies below one, before work is done for it.
+
+    Raises:
+        UserError: names the file, and what the folder was for.
+    """
+    there = next((place for place in (path, *path.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{there} is a file: choose a folder for {purpose}")
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: NaN and infinities become null, NumPy and torch scalars become numbers."""
     if isinstance(value, float):

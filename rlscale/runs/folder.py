@@ -29,7 +29,7 @@ from rlscale.config import RunConfig
 from rlscale.errors import UserError
 from rlscale.runs.checkpoints import Checkpoints, remove
 from rlscale.runs.environment import environment
-from rlscale.runs.files import JsonLines, full_disk_named, keep_lines, replace_file, write_json
+from rlscale.runs.files import JsonLines, full_disk_named, keep_lines, refuse_file, replace_file, write_json
 from rlscale.runs.reading import (
     CONFIG,
     EVALUATIONS,
@@ -307,8 +307,7 @@ def _refuse_taken(path: Path, overwrite: bool) -> None:
         if status["state"] == "finished":
             raise UserError(f"the run in {path} is finished: choose another folder, or --overwrite")
         raise UserError(f"the run in {path} is unfinished: --resume continues it, --overwrite starts over")
-    if status is None and path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: choose a folder for the run")
+    refuse_file(path, "the run")
     # A lock alone is what a run leaves that was killed in its first moment.
     if status is None and path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
         raise UserError(f"{path} holds files that are no run's: choose a new or an empty folder")

@@ -209,6 +209,18 @@ def test_a_peers_micro_batches_keep_within_the_budget(budget: int, pads: bool, r
     assert batch_rows(lengths, LearnerConfig(tokens_per_micro_batch=budget), pads) == rows
 
 
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr("rlscale.bench.rollout.bench_rollout", lambda *_: pytest.fail("measured"))
+    assert rlscale(monkeypatch, "bench", "rollout", "-o", str(file / "below.json")) == 2
+    error = capsys.readouterr().err
+    assert "no results can be written to" in error
+    assert len(error.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

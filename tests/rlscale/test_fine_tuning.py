@@ -165,4 +165,6 @@ def test_a_taken_folder_is_left_alone_unless_it_is_a_fine_tunings_own(tmp_path: 
     for overwrite in (False, True):
         with pytest.raises(UserError, match="choose a new or an empty folder"):
             fine_tune(config, foreign, overwrite=overwrite)
+        with pytest.raises(UserError, match=r"sft\.json is a file: choose a folder for the checkpoint"):
+            fine_tune(config, out / "sft.json" / "below", overwrite=overwrite)
     assert sorted(foreign.iterdir()) == before

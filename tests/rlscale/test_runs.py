@@ -139,10 +139,10 @@ def test_create_never_touches_a_foreign_folder(tmp_path: Path, overwrite: bool) 
         RunFolder.create(tmp_path, config(), overwrite=overwrite)
     assert snapshot(tmp_path) == before
     file = tmp_path / "status.json"
-    with pytest.raises(UserError, match="is a file"):
-        RunFolder.create(file, config())
-    with pytest.raises(UserError, match=r"choose another folder"):
-        RunFolder.create(file / "below", config())
+    for place in (file, file / "below", file / "far" / "below"):
+        for open_folder in (RunFolder.check, RunFolder.create):
+            with pytest.raises(UserError, match=r"status\.json is a file: choose a folder for the run"):
+                open_folder(place, config(), overwrite=overwrite)
 
 
 def test_overwrite_removes_the_old_run_and_nothing_else(tmp_path: Path) -> None:
