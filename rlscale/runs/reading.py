@@ -72,10 +72,7 @@ def read_config(folder: Path) -> RunConfig:
     try:
         tree = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is not readable ({reason}): mend it, or start over with --overwrite"
-        ) from None
+        raise _unreadable(path, error) from None
     try:
         return parse_config(RunConfig, tree)
     except UserError as error:
@@ -111,11 +108,21 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_warm_start(folder: Path) -> dict[str, Any] | None:
+    path = folder / WARM_START
     try:
-        report: dict[str, Any] = json.loads((folder / WARM_START).read_bytes())
+        report = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(report, dict):
+        raise _unreadable(path, f"it holds a {type(report).__name__}, not an object")
     return report
+
+
+def _unreadable(path: Path, reason: object) -> UserError:
+    text = " ".join(str(reason).split())
+    return UserError(f"{path} is not readable ({text}): mend it, or start over with --overwrite")
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunRecord]:

@@ -421,6 +421,18 @@ def test_check_raises_what_create_and_resume_would_and_changes_nothing(tmp_path:
     assert snapshot(taken) == before
 
 
+@pytest.mark.parametrize("content", [b"", b'{"steps": 150, "pass', b"[1]", b"\xff\xfe"])
+def test_a_damaged_warm_start_report_is_one_line_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    with RunFolder.create(tmp_path, config()) as run:
+        run.log_warm_start({"steps": 150, "pass_rate": 0.42, "wall_s": 3.5})
+    (tmp_path / "warm_start.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"^[^\n]*warm_start\.json is not readable \([^\n]*\): mend it"
+    ) as caught:
+        read_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_warm_start_is_kept_through_a_resume_and_goes_with_an_overwrite(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, config())
     assert read_run(tmp_path).warm_start is None
