@@ -51,6 +51,7 @@ from rlscale.scaling.series import (
     Cells,
     by_cell,
     curve,
+    diagnostics_of,
     mean_over_seeds,
     over_steps,
     prompts_evaluated,
@@ -272,16 +273,12 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
 
 def _diagnostics(cells: Cells) -> Figure | None:
     """Reward, truncation, entropy, mismatch and staleness against steps, a column per cell."""
-    cells = cells_with(cells, lambda run: any(curve(run.metrics, "step", y).x.size for y in DIAGNOSTICS))
-    drawn = {
-        y: t
-        for y, t in DIAGNOSTICS.items()
-        if any(curve(r.metrics, "step", y).x.size for r in runs_of(cells))
-    }
+    cells = cells_with(cells, lambda run: bool(diagnostics_of([run])))
+    drawn = diagnostics_of(runs_of(cells))
     if not drawn:
         return None
     figure, grid = style.new_figure(len(drawn), len(cells), panel_height=1.35)
-    for row, (y, text) in zip(grid, drawn.items(), strict=True):
+    for row, y in zip(grid, drawn, strict=True):
         for panel, architectures in zip(row, cells.values(), strict=True):
             for architecture, group in architectures.items():
                 look = ARCHITECTURES[architecture]
@@ -292,7 +289,7 @@ def _diagnostics(cells: Cells) -> Figure | None:
             from_zero(panel, 4, integer=True)
             panel.tick_params(labelbottom=row is grid[-1], labelleft=panel is row[0])
         _share_y(row, y)
-        row[0].set_ylabel(textwrap.fill(text, 16))
+        row[0].set_ylabel(textwrap.fill(DIAGNOSTICS[y], 16))
     for panel, cell in zip(grid[0], cells, strict=True):
         panel.set_title(cell_title(cell, cells))
     for panel in grid[-1]:

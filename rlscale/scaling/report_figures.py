@@ -15,6 +15,7 @@ from rlscale.scaling.series import (
     DIAGNOSTICS,
     Cell,
     Cells,
+    diagnostics_of,
     mean_over_seeds,
     over_steps,
     step_phases,
@@ -270,7 +271,7 @@ def step_times(cells: Cells) -> ReportFigure | None:
 def diagnostics(cells: Cells) -> ReportFigure | None:
     """Training metrics against steps, a choice of metric and of cell."""
     runs = [run for groups in cells.values() for group in groups.values() for run in group]
-    names = [n for n in DIAGNOSTICS if any(m.get(n) is not None for run in runs for m in run.metrics)]
+    names = diagnostics_of(runs)
     if not names:
         return None
     plots = {}

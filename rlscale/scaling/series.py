@@ -111,6 +111,15 @@ def mean_over_seeds(seeds: Sequence[Records], x: str, y: str) -> Curve:
     return Curve(columns[0], columns[1])
 
 
+def diagnostics_of(runs: Sequence[RunRecord]) -> list[str]:
+    """The `DIAGNOSTICS` that these runs recorded; staleness where a token was stale, as in synchronous runs
+    none can be."""
+    curves = {name: [curve(run.metrics, "step", name).y for run in runs] for name in DIAGNOSTICS}
+    recorded = [name for name, ys in curves.items() if any(y.size for y in ys)]
+    stale = any(y.any() for y in curves["staleness_mean"])
+    return [name for name in recorded if stale or name != "staleness_mean"]
+
+
 def wilson(rate: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """95% Wilson score interval of a pass rate over `n` independent prompts, rate of shape [points].
 

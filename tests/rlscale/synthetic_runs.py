@@ -50,13 +50,14 @@ def write_run(
             times = {"rollout_s": generated / speed, "train_s": 0.4 * generated / speed, "sync_s": 0.3}
             tokens += generated
             wall += sum(times.values()) + 0.1
+            stale = float(rng.uniform(0, 2)) * (config.mode.kind == "asynchronous")
             run.log_metrics(
                 step,
                 {
                     "reward_mean": min(1.0, max(0.0, 0.4 + 0.5 * step / steps + rng.normal(0, 0.05))),
                     "truncated_fraction": max(0.0, 0.2 * math.exp(-step / 10) + rng.normal(0, 0.01)),
                     "entropy": 0.3 + 0.8 * math.exp(-step / 30) + rng.normal(0, 0.02),
-                    "staleness_mean": float(rng.uniform(0, 2)),
+                    "staleness_mean": stale,
                     "rollout_flops": 1e6 * generated,
                     "train_flops": 3e6 * generated,
                     "mismatch_mean": 10 ** rng.normal(-5 if hybrid else -5.5, 0.1),

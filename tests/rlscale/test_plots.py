@@ -32,6 +32,7 @@ from rlscale.scaling import (
 )
 from rlscale.scaling.curves import fit_axes
 from rlscale.scaling.plots import figures
+from rlscale.scaling.report_figures import diagnostics
 from rlscale.scaling.series import by_cell, wilson
 from rlscale.scaling.summary import FIELDS
 
@@ -240,6 +241,18 @@ def test_one_run_of_a_few_steps_is_enough(tmp_path: Path, finish: bool) -> None:
         *("pass_rate_steps", "pass_rate_tokens", "pass_rate_time"),
         *("throughput", "cache", "diagnostics", "step_time"),
     }
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_staleness_is_drawn_of_runs_that_can_have_it(tmp_path: Path, mode: str) -> None:
+    write_run(tmp_path, "mla", 48, 0, steps=2, mode={"kind": mode})
+    figure = drawn(tmp_path)["diagnostics"]
+    rows = {panel.get_ylabel().replace("\n", " ") for panel in panels(figure)}
+    assert len(rows) == len(panels(figure)) == (5 if mode == "asynchronous" else 4)
+    assert ("mean staleness (updates)" in rows) == (mode == "asynchronous")
+    page = diagnostics(by_cell(find_runs([tmp_path])))
+    assert page is not None
+    assert ("mean staleness (updates)" in page.choices[0]["options"]) == (mode == "asynchronous")
 
 
 def test_figures_without_their_records_are_left_out(tmp_path: Path) -> None:
