@@ -334,6 +334,9 @@ class _Stream:
         self._pool.forget({self._groups.pop(key) for key in old})
         return old
 
+    def take_given_up_tokens(self) -> int:
+        return 0  # simulations are asked for seconds, and for the tokens of what was trained on
+
     def close(self) -> None:
         self._pool.forget(set(self._groups.values()))
         self._groups.clear()

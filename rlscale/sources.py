@@ -38,6 +38,8 @@ class Stream(Protocol):
 
     def drop_older_than(self, version: int) -> list[int]: ...
 
+    def take_given_up_tokens(self) -> int: ...
+
     def close(self) -> None: ...
 
 
@@ -249,6 +251,7 @@ class AsynchronousSource(ExperienceSource):
             groups = [self._waiting.pop(place) for place in sorted(self._waiting)[:n]]
             self._manager.train()
             self._refill()
+            self._tokens += self._stream.take_given_up_tokens()
             now, tokens = self._rollouts.clock(), self._tokens + sum(group.tokens for group in groups)
             since, self._handed_out, self._tokens = self._handed_out, now, 0
             tally = self._selection.close_batch()
@@ -293,6 +296,7 @@ class AsynchronousSource(ExperienceSource):
     def state_dict(self) -> dict[str, Any]:
         """See `ExperienceSource.state_dict`. Groups that are running will begin anew."""
         with self._lock:
+            self._tokens += self._stream.take_given_up_tokens()
             return {
                 "place": self._place,
                 "running": list(self._running),

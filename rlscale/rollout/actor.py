@@ -82,6 +82,7 @@ class SliceReport:
         busy_s: seconds spent in engine steps.
         completion_s: the same, each step times the completions in the making: busy_s of a full engine is
             completion_s divided by its places.
+        given_up_tokens: drawn for each of the aborted requests, in their order.
         unfinished: completions that are left to it.
         peak_bytes: most memory that its engine has used so far.
     """
@@ -89,6 +90,7 @@ class SliceReport:
     finished: list[FinishedGroup] = field(default_factory=list)
     busy_s: float = 0.0
     completion_s: float = 0.0
+    given_up_tokens: list[int] = field(default_factory=list)
     unfinished: int = 0
     peak_bytes: int = 0
 
@@ -115,8 +117,7 @@ class RolloutWorker:
         or, if the worker dies, not at all.
         """
         engine, report = self.engine, SliceReport()
-        if aborted:
-            engine.abort(aborted)
+        report.given_up_tokens = [engine.abort([key]) for key in aborted]
         if requests:
             engine.submit(requests)
         now = time.perf_counter()

@@ -48,8 +48,12 @@ class RolloutEngine(ABC):
         """Completions that were asked for and are not finished, those that wait for a place included."""
 
     @abstractmethod
-    def abort(self, keys: Iterable[int]) -> None:
-        """Forgets requests; keys of finished ones are passed over."""
+    def abort(self, keys: Iterable[int]) -> int:
+        """Forgets requests; keys of finished ones are passed over.
+
+        Returns:
+            Tokens that had been drawn for them.
+        """
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -70,17 +70,19 @@ class InterruptingEngine(RolloutEngine):
         """See `RolloutEngine.unfinished`."""
         return self._engine.unfinished
 
-    def abort(self, keys: Iterable[int]) -> None:
+    def abort(self, keys: Iterable[int]) -> int:
         """See `RolloutEngine.abort`."""
         gone: list[int] = []
+        tokens = 0
         for key in keys:
             if self._requests.pop(key, None) is not None:
                 gone.append(key)
             elif (held := self._held.pop(key, None)) is not None:
                 gone += held.continuations
+                tokens += sum(completion.drawn_tokens for completion in held.completions)
                 for continuation in held.continuations:
                     del self._owners[continuation]
-        self._engine.abort(gone)
+        return tokens + self._engine.abort(gone)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""

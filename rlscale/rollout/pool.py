@@ -44,13 +44,11 @@ class Usage:
     Args:
         busy_s: seconds in engine steps, summed over the workers.
         completion_s: seconds in engine steps, summed over the completions in the making.
-        tokens: of finished groups.
         deaths: workers that died and were replaced.
     """
 
     busy_s: float = 0.0
     completion_s: float = 0.0
-    tokens: int = 0
     deaths: int = 0
 
 
@@ -77,7 +75,7 @@ class _Seat:
         lost: found dead by another thread than its own.
         inbox, given: requests not yet sent to the worker, and those it works on.
         unfinished: completions of `given`, as far as the worker said at its last slice.
-        aborted: keys that it is to forget.
+        aborted: requests that it is to forget, by key, and who asks what tokens they had.
         deaths: in a row, without a finished group between them.
     """
 
@@ -92,7 +90,7 @@ class _Seat:
     inbox: list[_Ticket] = field(default_factory=list)
     given: dict[int, _Ticket] = field(default_factory=dict)
     unfinished: int = 0
-    aborted: list[int] = field(default_factory=list)
+    aborted: dict[int, Callable[[int], None]] = field(default_factory=dict)
     deaths: int = 0
 
     @property
@@ -321,8 +319,13 @@ class RolloutPool:
             self._changed.notify_all()
         return tickets
 
-    def _cancel(self, tickets: Iterable[_Ticket]) -> None:
-        """Forgets requests, finished ones excepted, and has the workers forget them."""
+    def _cancel(self, tickets: Iterable[_Ticket], count: Callable[[int], None] = lambda _: None) -> None:
+        """Forgets requests, finished ones excepted, and has the workers forget them.
+
+        Args:
+            count: called with the tokens that a worker had drawn for a request, once that says so, the lock
+                held.
+        """
         keys = {ticket.request.key for ticket in tickets}
         with self._changed:
             self._queue = deque(ticket for ticket in self._queue if ticket.request.key not in keys)
@@ -330,7 +333,7 @@ class RolloutPool:
                 seat.inbox = [ticket for ticket in seat.inbox if ticket.request.key not in keys]
                 for key in keys & seat.given.keys():
                     del seat.given[key]
-                    seat.aborted.append(key)
+                    seat.aborted[key] = count
             self._assign()
             self._changed.notify_all()
 
@@ -427,27 +430,28 @@ class RolloutPool:
     def _advance(self, seat: _Seat) -> None:
         with self._changed:
             tickets, seat.inbox = seat.inbox, []
-            aborted, seat.aborted = seat.aborted, []
+            aborted, seat.aborted = seat.aborted, {}
             for ticket in tickets:
                 ticket.oldest_version = seat.version
                 seat.given[ticket.request.key] = ticket
             seat.unfinished += _samples(tickets)
         requests = [ticket.request for ticket in tickets]
-        report: SliceReport = result(seat.actor.advance.remote(requests, aborted, SLICE_S))
+        report: SliceReport = result(seat.actor.advance.remote(requests, list(aborted), SLICE_S))
         with self._changed:
-            tokens = 0
+            for count, tokens in zip(aborted.values(), report.given_up_tokens, strict=True):
+                count(tokens)
             for group in report.finished:
-                if group.key in seat.given:  # and not given up meanwhile
+                if group.key in seat.given:
                     ticket = seat.given.pop(group.key)
                     ticket.deliver(group.completions)
-                    tokens += sum(len(completion.token_ids) for completion in group.completions)
                     seat.deaths = 0
+                elif group.key in seat.aborted:  # given up meanwhile
+                    seat.aborted[group.key](sum(c.drawn_tokens for c in group.completions))
             seat.unfinished = report.unfinished
             self._peak_bytes = max(self._peak_bytes, report.peak_bytes)
             self._usage = Usage(
                 self._usage.busy_s + report.busy_s,
                 self._usage.completion_s + report.completion_s,
-                self._usage.tokens + tokens,
                 self._usage.deaths,
             )
             self._assign()
@@ -464,7 +468,7 @@ class RolloutPool:
                 ticket.oldest_version = None
             self._queue.extendleft(reversed(orphans))
             seat.is_up, seat.lost, seat.tried, seat.version = False, False, None, None
-            seat.inbox, seat.given, seat.aborted, seat.unfinished = [], {}, [], 0
+            seat.inbox, seat.given, seat.aborted, seat.unfinished = [], {}, {}, 0
             seat.deaths += 1
             self._usage = replace(self._usage, deaths=self._usage.deaths + 1)
             if seat.deaths > self._spec.config.max_restarts:
@@ -545,6 +549,7 @@ class GroupStream:
         self._finished: queue.SimpleQueue[tuple[int, list[Completion]] | None] = queue.SimpleQueue()
         self._progress = threading.Condition()
         self._error: BaseException | None = None
+        self._given_up_tokens = 0
         self._thread = threading.Thread(target=self._hand_on, name="rollout-stream", daemon=True)
         self._thread.start()
 
@@ -577,6 +582,10 @@ class GroupStream:
 
     def drop_older_than(self, version: int) -> list[int]:
         """Gives up unfinished requests that began under weights older than `version`; returns their keys."""
+
+        def count(tokens: int) -> None:
+            self._given_up_tokens += tokens
+
         with self._pool._changed:
             old = {
                 key: ticket
@@ -585,8 +594,17 @@ class GroupStream:
             }
             for key in old:
                 del self._tickets[key]
-            self._pool._cancel(old.values())
+            self._pool._cancel(old.values(), count)
         return list(old)
+
+    def take_given_up_tokens(self) -> int:
+        """Tokens of requests given up as too old, as far as workers have said so since the last call.
+
+        Those of a worker that died are lost.
+        """
+        with self._pool._changed:
+            tokens, self._given_up_tokens = self._given_up_tokens, 0
+        return tokens
 
     def look_again(self) -> None:
         """Lets `wait_until` see what has become of the workers."""

@@ -119,11 +119,12 @@ class ReferenceEngine(RolloutEngine):
         """See `RolloutEngine.unfinished`."""
         return len(self._running) + len(self._waiting)
 
-    def abort(self, keys: Iterable[int]) -> None:
+    def abort(self, keys: Iterable[int]) -> int:
         """See `RolloutEngine.abort`."""
-        gone = {key for key in keys if self._groups.pop(key, None) is not None}
+        gone = {key: self._groups.pop(key) for key in set(keys) & self._groups.keys()}
         self._waiting = deque(draft for draft in self._waiting if draft.request.key not in gone)
         self._keep_running([draft.request.key not in gone for draft in self._running])
+        return sum(len(draft.token_ids) for drafts in gone.values() for draft in drafts)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`. Weights of another dtype are converted."""

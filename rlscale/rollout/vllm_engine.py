@@ -333,11 +333,29 @@ class VLLMEngine(RolloutEngine):
         waiting = sum(len(group.completions) for group in self._finished)
         return waiting + self._engine.get_num_unfinished_requests()
 
-    def abort(self, keys: Iterable[int]) -> None:
-        """See `RolloutEngine.abort`."""
+    def abort(self, keys: Iterable[int]) -> int:
+        """See `RolloutEngine.abort`. A token that a step under way is drawing does not count."""
         forgotten = set(keys)
+        gone = [group for group in self._finished if group.key in forgotten]
         self._finished = [group for group in self._finished if group.key not in forgotten]
-        self._engine.abort_request([str(key) for key in forgotten])
+        names = [str(key) for key in forgotten]
+        tokens = self._drawn_tokens(names) + sum(c.drawn_tokens for group in gone for c in group.completions)
+        self._engine.abort_request(names)
+        return tokens
+
+    def _drawn_tokens(self, names: Iterable[str]) -> int:
+        """Of unfinished requests. vLLM has one of its own for each sample, and collects what these end as."""
+        processor = self._engine.output_processor
+        states = [
+            processor.request_states[own]
+            for name in names
+            for own in processor.external_req_ids.get(name, ())
+            if own in processor.request_states
+        ]
+        parents = {id(state.parent_req): state.parent_req for state in states if state.parent_req}
+        ended = [output for parent in parents.values() for output in parent.output_aggregator if output]
+        drawn = [state.detokenizer.num_output_tokens() for state in states]
+        return sum(drawn) + sum(len(output.token_ids) for output in ended)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""

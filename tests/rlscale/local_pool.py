@@ -54,17 +54,15 @@ class LocalPool:
         self.engine.submit([replace(request, key=key)])
         return key
 
-    def abort(self, keys: Sequence[int]) -> None:
+    def abort(self, keys: Sequence[int]) -> int:
         for key in keys:
             self._deliver.pop(key, None)
-        self.engine.abort(keys)
+        return self.engine.abort(keys)
 
     def step(self) -> None:
         assert self.engine.unfinished, "waiting for groups that nobody asked for"
         started = time.perf_counter()
         for group in self.engine.step():
-            tokens = sum(len(completion.token_ids) for completion in group.completions)
-            self._usage = replace(self._usage, tokens=self._usage.tokens + tokens)
             self._deliver.pop(group.key)(group.completions)
         seconds = self._usage.busy_s + time.perf_counter() - started
         self._usage = replace(self._usage, busy_s=seconds, completion_s=seconds)
@@ -92,6 +90,7 @@ class LocalGeneration:
 class LocalStream:
     def __init__(self, pool: LocalPool, on_group: Callable[[int, list[Completion]], None]) -> None:
         self._pool, self._on_group = pool, on_group
+        self._given_up_tokens = 0
         self._keys: dict[int, tuple[int, int]] = {}  # by the caller's key: the engine's, and the version
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
@@ -109,8 +108,12 @@ class LocalStream:
 
     def drop_older_than(self, version: int) -> list[int]:
         old = [place for place, (_, begun) in self._keys.items() if begun < version]
-        self._pool.abort([self._keys.pop(place)[0] for place in old])
+        self._given_up_tokens += self._pool.abort([self._keys.pop(place)[0] for place in old])
         return old
+
+    def take_given_up_tokens(self) -> int:
+        tokens, self._given_up_tokens = self._given_up_tokens, 0
+        return tokens
 
     def close(self) -> None:
         self._pool.abort([key for key, _ in self._keys.values()])

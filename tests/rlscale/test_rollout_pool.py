@@ -212,6 +212,9 @@ def test_requests_that_are_given_up_leave_the_workers(parts):
     given_up = stream.drop_older_than(oldest)
     assert 9 not in given_up
     assert len(given_up) >= 2  # those that found a place before the sync
+    while not (tokens := stream.take_given_up_tokens()):
+        time.sleep(0.01)
+    assert tokens <= len(given_up) * 4 * 500
     stream.close()
     unfinished = [1, 1]
     while any(unfinished):

@@ -7,7 +7,7 @@ from kimi_linear.checkpoint import named_released_tensors
 from kimi_linear.config import mla_twin, preset
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.errors import UserError
-from rlscale.rollout.engine import completion_seed
+from rlscale.rollout.engine import completion_seed, group_requests
 from rlscale.rollout.reference_engine import ReferenceEngine, sample
 from rlscale.types import Completion, Sampling
 
@@ -115,6 +115,19 @@ def test_without_a_seed_two_calls_differ(model):
         for _ in range(2)
     ]
     assert draws[0] != draws[1]
+
+
+def test_forgetting_a_request_tells_how_many_tokens_it_had(model):
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0  # others' logits are far above
+    engine = engine_for(model)
+    engine.submit(group_requests([[3, 4]] * 2, Sampling(50, samples=2, seed=1)))
+    group, drawn = engine._groups[0], 0
+    for _ in range(4):
+        drawn += sum(draft.finish_reason is None for draft in group)
+        engine.step()
+    assert engine.abort([0, 9]) == drawn
+    assert engine.abort([0]) == 0
 
 
 def test_new_weights_replace_all_old_ones(model):

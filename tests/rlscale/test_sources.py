@@ -16,7 +16,8 @@ from rlscale.algorithms import SelectionConfig
 from rlscale.config import AsynchronousConfig, ModeConfig, OneStepOffConfig, SynchronousConfig
 from rlscale.errors import UserError
 from rlscale.experience import Experience, Prompt, ScoredGroup
-from rlscale.rollout.reference_engine import ReferenceEngine
+from rlscale.rollout import reference_engine
+from rlscale.rollout.reference_engine import ReferenceEngine, sample
 from rlscale.selection import Selection
 from rlscale.sources import ExperienceSource, Scores, experience_source
 from rlscale.staleness import staleness_metrics
@@ -202,6 +203,34 @@ def test_a_source_goes_on_from_its_state_with_nothing_lost_or_drawn_twice(mode):
         assert max(places(after)) < max(places(before)) + 1 + 4 * PROMPTS + waiting + running
     else:
         assert drawn(after) == drawn(uninterrupted)
+
+
+def test_every_token_drawn_counts_in_a_batch_those_of_groups_given_up_while_running_too(monkeypatch):
+    sampled = 0
+
+    def counting(logits: torch.Tensor, *more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal sampled
+        sampled += len(logits)
+        return sample(logits, *more)
+
+    monkeypatch.setattr(reference_engine, "sample", counting)
+    source, policies = start(AsynchronousConfig(max_staleness=1), fresh_seed())
+    given_up, counted = 0, 0
+    abort = policies._pool.engine.abort
+
+    def noting(keys: Sequence[int]) -> int:
+        nonlocal given_up
+        tokens = abort(keys)
+        given_up += tokens
+        return tokens
+
+    monkeypatch.setattr(policies._pool.engine, "abort", noting)
+    while not given_up:
+        source.sync_weights()
+        counted += source.next_batch().generated_tokens
+    counted += source.next_batch().generated_tokens
+    left = sum(group.tokens for group in source._waiting.values())
+    assert counted + left + source._tokens + abort(list(policies._pool._deliver)) == sampled
 
 
 def test_tokens_of_groups_given_up_before_a_checkpoint_count_in_the_batch_after_it():

@@ -105,10 +105,17 @@ def test_what_a_step_under_way_finishes_is_returned_once(
     assert {v for group in finished for c in group.completions for v in c.weight_versions} == {0}
 
 
+def test_a_forgotten_request_had_the_tokens_of_all_its_samples(engine: VLLMEngine) -> None:
+    start(engine, max_tokens=9)
+    assert engine.abort([0]) == 2 * 2  # the third are being drawn
+    assert engine.abort([0]) == 0
+    assert [group.key for group in rest(engine)] == [1]
+
+
 def test_what_a_step_under_way_finishes_can_still_be_forgotten(
     engine: VLLMEngine, policies: list[KimiLinearForCausalLM]
 ) -> None:
     start(engine, max_tokens=3)
     engine.load_weights(named_released_tensors(policies[1]), 1)
-    engine.abort([0])
+    assert engine.abort([0, 7]) == 2 * 3
     assert [group.key for group in rest(engine)] == [1]
