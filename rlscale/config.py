@@ -47,9 +47,10 @@ class TaskConfig(Section):
     """Length of the right answer in tokens. Apart from the budget, `rollout.max_tokens`."""
     options: dict[str, Any] = Field({})
     """The task's own knobs, as `rlscale tasks NAME` lists them."""
-    reward: Literal["exact", "prefix"] = "exact"
+    reward: Literal["exact", "prefix", "prefix_and_exact"] = "exact"
     """exact: 1 for the right answer, else 0. prefix: the fraction of the answer that is right before the
-    first error. Held-out pass rates are exact under both."""
+    first error. prefix_and_exact: the mean of both, for long answers: prefix hardly tells one that goes on
+    after its end from the right one. Held-out pass rates are exact under all."""
     reward_function: str | None = None
     """A function of yours instead, in TRL's signature: `module:function` or `path/to/file.py:function`."""
     reward_timeout_s: float = Field(30.0, gt=0)

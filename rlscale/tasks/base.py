@@ -15,7 +15,7 @@ from rlscale.types import Problem
 
 Split = Literal["train", "held_out", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "held_out", "validation")
-Shaping = Literal["exact", "prefix"]
+Shaping = Literal["exact", "prefix", "prefix_and_exact"]
 
 
 class TaskOptions(Section):
@@ -87,13 +87,15 @@ class Task(ABC):
 
         exact: 1 for the answer, else 0. prefix: the characters right before the first error over the
         answer's length; going on after the answer counts as an error in its last character, so only the
-        answer itself earns 1.
+        answer itself earns 1. prefix_and_exact: the mean of both. Of a long answer prefix gives nearly all
+        to a policy that does not stop at its end, which then may forget how to.
         """
         if completion == problem.answer:
             return 1.0
         if shaping == "exact":
             return 0.0
-        return min(_right(problem, completion), len(problem.answer) - 1) / len(problem.answer)
+        part = min(_right(problem, completion), len(problem.answer) - 1) / len(problem.answer)
+        return part if shaping == "prefix" else part / 2
 
     def settled(self, problem: Problem, completion: str) -> int:
         """Characters of a completion up to its first error, that included: its score is the same whatever

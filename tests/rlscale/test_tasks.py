@@ -200,6 +200,15 @@ def test_prefix_reward_counts_up_to_the_first_error(right, tail):
     assert task.score(problem, problem.answer + "x" + tail, "prefix") == 9 / 10
 
 
+@given(right=st.integers(0, 9), tail=st.text("xyz", max_size=30))
+def test_half_of_prefix_and_exact_is_for_the_answer_alone(right, tail):
+    task = make_task("reversal", 10, {})
+    problem = Problem("abcdeabcde=", "edcbaedcba", 10, 0)
+    assert task.score(problem, problem.answer, "prefix_and_exact") == 1.0
+    assert task.score(problem, problem.answer[:right] + tail, "prefix_and_exact") == right / 20
+    assert task.score(problem, problem.answer + "x" + tail, "prefix_and_exact") == 9 / 20
+
+
 @pytest.mark.parametrize("name", ["reversal", "countdown"])
 @given(st.integers(0, 15), st.text("abc012", max_size=9))
 def test_what_follows_the_first_error_changes_no_score(name, right, tail):
