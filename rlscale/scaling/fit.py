@@ -135,8 +135,13 @@ def fit_sigmoid(
 
     What is resampled: seeds, where there are several, by random shares that spread a mean as so few do
     (`_shares_of_runs`); prompts, where rewards are given for each, with replacement; where there is neither,
-    residuals. Few seeds stay few: with three, the interval's share of the spread between seeds rests on two
-    degrees of freedom, and no resampled curve leaves the range of the three.
+    residuals.
+
+    Few seeds stay few. Where they alone are resampled, intervals are widened for their number (`_widened`):
+    in 400 simulations of three seeds, whose A spreads by 0.04 and C_mid by 10%, 93% of the 95% intervals of A
+    then hold the truth, and 73% without. Where prompts are resampled too, the luck of a completion counts in
+    both, which makes up for it, so these are left: with three seeds on 128 prompts 95% hold it where A
+    spreads by 0.06 and C_mid by 20%, 89% where they spread by 0.12 and 30%.
 
     Args:
         compute: [N], not negative.
@@ -183,6 +188,11 @@ def fit_sigmoid(
         end = sigmoid(highest, a, b, mid, base)
         raise FitRefused(f"no rise beyond the noise: from {base:.3f} to {end:.3f} at the largest compute")
     _require_bracket(mid, found[:, 2], lowest, highest)
+    runs, prompts = len(np.unique(points.seeds)), points.rewards.shape[1]
+    if runs > 1 and prompts == 1:
+        reach = lowest / _MID_BEYOND, highest * _MID_BEYOND
+        limits = np.array([(0.0, 1.0), _B_RANGE, reach, (min(0.0, base), max(1.0, base))])
+        parameters = _widened(parameters, np.array([a, b, mid, base]), runs, rng).clip(*limits.T)
 
     low, high = np.percentile(parameters, [2.5, 97.5], axis=0).tolist()
     rmse = float(np.sqrt(np.mean(residuals**2)))
@@ -350,6 +360,20 @@ def _shares_of_runs(runs: int, samples: int, rng: np.random.Generator) -> Array:
     if runs == 2:
         return rng.multinomial(1, [0.5, 0.5], size=samples).astype(float)
     return rng.dirichlet(np.full(runs, 1 - 2 / runs), size=samples)
+
+
+def _widened(parameters: Array, centre: Array, runs: int, rng: np.random.Generator) -> Array:
+    """Parameters [samples, 4] whose deviations from `centre` [4] are divided by a standard deviation as
+    uncertain as that of so few runs, sqrt(chi^2_(runs-1) / (runs - 1)), as Student's t divides a normal
+    deviation. B and C_mid deviate by their logarithms.
+    """
+    factor = np.sqrt((runs - 1) / rng.chisquare(runs - 1, size=(len(parameters), 1)))
+    sums, products = [0, 3], [1, 2]
+    widened = np.tile(centre, (len(parameters), 1))
+    widened[:, sums] += factor * (parameters - centre)[:, sums]
+    with np.errstate(over="ignore"):
+        widened[:, products] *= (parameters / centre)[:, products] ** factor
+    return widened
 
 
 def _search(log_c: Array, y: Array, r0: Array, weights: Array, rounds: int) -> Array:

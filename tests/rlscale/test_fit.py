@@ -15,6 +15,7 @@ from rlscale.scaling.fit import (
     FitRefused,
     SigmoidFit,
     _shares_of_runs,
+    _widened,
     extrapolate,
     fit_power_law,
     fit_sigmoid,
@@ -132,6 +133,33 @@ def test_intervals_over_seeds_and_prompts_cover_the_truth() -> None:
     truth = sigmoid(compute, 0.8, 2.0, 60_000.0, 0.3)
     fits = [fit_sigmoid(compute, per_prompt(rng, truth, runs), seeds=runs, samples=150) for _ in range(30)]
     assert coverage(fits, 0.8, 2.0, 60_000.0).min() >= 0.7
+
+
+def test_intervals_over_few_seeds_alone_are_as_wide_as_students_t() -> None:
+    rng = np.random.default_rng(7)
+    centre = np.array([0.6, 2.0, 5e4, 0.3])
+    spread = np.array([0.01, 0.02, 0.03, 0.01])
+    for runs, quantile in ((2, 12.706), (3, 4.303), (6, 2.571)):
+        z = rng.normal(size=(200_000, 4)) * spread
+        parameters = centre + z
+        parameters[:, 1:3] = centre[1:3] * np.exp(z[:, 1:3])
+        found = _widened(parameters, centre, runs, rng)
+        high = np.percentile(found, 97.5, axis=0)
+        deviations = [*(high - centre)[[0, 3]], *np.log(high / centre)[1:3]]
+        assert deviations == pytest.approx(quantile * spread[[0, 3, 1, 2]], rel=0.05)
+
+
+def test_intervals_over_three_seeds_without_prompts_cover_the_truth() -> None:
+    rng = np.random.default_rng(11)
+    compute, runs = np.tile(STEPS, 3), np.repeat([0, 1, 2], len(STEPS))
+
+    def fit() -> SigmoidFit:
+        asymptotes, mids = 0.8 + rng.normal(0, 0.04, 3), 60_000 * np.exp(rng.normal(0, 0.1, 3))
+        rewards = sigmoid(compute, asymptotes[runs], 2.0, mids[runs], 0.3) + rng.normal(0, 0.005, len(runs))
+        return fit_sigmoid(compute, rewards, seeds=runs, samples=100)
+
+    # 93% of 400 do; of intervals that are not widened for the number of seeds 73%.
+    assert coverage([fit() for _ in range(40)], 0.8, 2.0, 60_000.0).min() >= 0.85
 
 
 def test_more_seeds_and_more_prompts_narrow_the_interval() -> None:
