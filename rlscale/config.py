@@ -100,6 +100,9 @@ class RolloutConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     """Ranks that share one engine's heads, each a process on a GPU of its own or with its part of the CPUs.
     Every rank caches all latents and the states of its heads; what it must divide, an error names."""
+    attention_backend: str | None = None
+    """vLLM's backend for MLA layers on GPUs, by its name there; default: vLLM's choice. FLASHMLA can be the
+    faster one where long contexts fill a Hopper GPU's cache (benchmarks/ROLLOUTS.md)."""
     num_cpus: float = Field(1, gt=0)
     """CPUs that Ray reserves for a worker, and the threads it computes with."""
     num_gpus: float = Field(0, ge=0)
@@ -109,8 +112,13 @@ class RolloutConfig(Section):
     move to the CPU's memory. 2: weights too, which the next sync brings back."""
 
     @model_validator(mode="after")
-    def _every_rank_has_a_device(self) -> RolloutConfig:
+    def _its_engine_has_what_is_asked(self) -> RolloutConfig:
         size = self.tensor_parallel_size
+        if self.attention_backend is not None and self.engine != "vllm":
+            backend = self.attention_backend
+            raise ValueError(
+                f"attention_backend={backend} needs engine=vllm, not {self.engine}: leave it out"
+            )
         if size > 1 and self.engine != "vllm":
             raise ValueError(f"tensor_parallel_size={size} needs engine=vllm, not {self.engine}")
         if size > 1 and self.num_gpus not in (0, size):

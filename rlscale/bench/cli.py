@@ -74,6 +74,9 @@ def bench_rollout(
     dtype: Dtype = Precision.bfloat16,
     cache_gib: CacheGib = 1.0,
     tensor_parallel: TensorParallel = 1,
+    attention_backend: Annotated[
+        str | None, typer.Option(help="As rollout.attention_backend; default: vLLM's choice.")
+    ] = None,
     output: Output = Path("benchmarks/results/rollout.json"),
 ) -> None:
     """Time decoding and prefill of hybrid and full MLA, and count the sequences that fit.
@@ -87,11 +90,19 @@ def bench_rollout(
     from rlscale.bench.rollout import bench_rollout as measure
 
     workloads = [Workload(tokens, number or None) for tokens in context for number in sequences]
-    how = {"cache_gib": cache_gib, "steps": steps, "temperature": TEMPERATURE, "seed": SEED}
+    how = {
+        "cache_gib": cache_gib,
+        "steps": steps,
+        "temperature": TEMPERATURE,
+        "seed": SEED,
+        "attention_backend": attention_backend,
+    }
     results = new_results(output, preset, overrides, dtype, how)
     models = both_architectures(preset, overrides)
     kind = getattr(torch, dtype.value)
-    for case in measure(models, workloads, prefill or [], kind, cache_gib, steps, tensor_parallel):
+    for case in measure(
+        models, workloads, prefill or [], kind, cache_gib, steps, tensor_parallel, attention_backend
+    ):
         report(results, case)
     finish(results, plot_rollout(results.cases, output.parent))
 

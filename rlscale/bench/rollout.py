@@ -45,6 +45,7 @@ def bench_rollout(
     cache_gib: float,
     steps: int,
     tensor_parallel_size: int = 1,
+    attention_backend: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Cases as plain dictionaries, one architecture after the other, each in an engine of its own.
 
@@ -61,6 +62,7 @@ def bench_rollout(
         cache_gib: memory of an engine's cache, on each rank.
         steps: decoding steps that a case is timed over.
         tensor_parallel_size: ranks that share an engine.
+        attention_backend: of MLA layers, as `rollout.attention_backend`.
 
     Raises:
         UserError: the engine cannot start.
@@ -81,6 +83,7 @@ def bench_rollout(
             cache_gib,
             planted_contexts=True,
             tensor_parallel_size=tensor_parallel_size,
+            attention_backend=attention_backend,
         )
         try:
             bench = EngineBench(engine, steps)

@@ -70,6 +70,7 @@ class EngineSpec:
             in_flight=self.in_flight,
             sleep_level=self.config.sleep_level,
             tensor_parallel_size=self.config.tensor_parallel_size,
+            attention_backend=self.config.attention_backend,
         )
 
 

@@ -62,11 +62,13 @@ def start_engine(
     planted_contexts: bool = False,
     sleeps: bool = False,
     tensor_parallel_size: int = 1,
+    attention_backend: str | None = None,
 ) -> Any:
     """vLLM's own engine with weights that mean nothing yet.
 
     Args:
-        model, dtype, context, max_num_seqs, cache_gib, tensor_parallel_size: as for `VLLMEngine`.
+        model, dtype, context, max_num_seqs, cache_gib, tensor_parallel_size, attention_backend: as for
+            `VLLMEngine`.
         sleeps: let the engine give up its memory and take it back; needs a GPU.
         planted_contexts: take contexts for computed where a request's name asks it; see `rollout.planted`.
 
@@ -77,6 +79,8 @@ def start_engine(
         UserError: as for `VLLMEngine`.
     """
     on_cpu = not torch.cuda.is_available()
+    if attention_backend is not None and on_cpu:
+        raise UserError("rollout.attention_backend chooses among a GPU's and there is no GPU: leave it out")
     if sleeps and on_cpu:
         raise UserError("rollout.sleep_level gives up a GPU's memory and there is no GPU: set it to 0")
     if not on_cpu and (gpus := torch.cuda.device_count()) < tensor_parallel_size:
@@ -130,6 +134,7 @@ def start_engine(
         "kv_transfer_config": connector,
         "enable_sleep_mode": sleeps,
         "tensor_parallel_size": tensor_parallel_size,
+        "attention_config": {"backend": attention_backend},
         # In a Ray actor vLLM would start others for its ranks, beside what Ray reserved for this one.
         "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else None,
     }
@@ -240,11 +245,12 @@ class VLLMEngine(RolloutEngine):
         in_flight: what new weights mean for completions in the making; see `InFlight`.
         sleep_level: what `sleep` gives up, as `rollout.sleep_level` says.
         tensor_parallel_size: ranks that share the model, each on a GPU of its own where there are GPUs.
+        attention_backend: of MLA layers, by vLLM's name; None leaves it to vLLM.
 
     Raises:
-        UserError: vLLM is not installed or does not serve this model on this device, the context exceeds the
-            model's, the ranks cannot share the model or lack GPUs, or there is no memory for the cache or the
-            cache holds no sequence of that length.
+        UserError: vLLM is not installed or does not serve this model on this device or with this backend, the
+            context exceeds the model's, the ranks cannot share the model or lack GPUs, or there is no memory
+            for the cache or the cache holds no sequence of that length.
     """
 
     def __init__(
@@ -257,6 +263,7 @@ class VLLMEngine(RolloutEngine):
         in_flight: InFlight = "refuse",
         sleep_level: int = 0,
         tensor_parallel_size: int = 1,
+        attention_backend: str | None = None,
     ) -> None:
         check_context(model, context)
         if find_spec("vllm") is None:
@@ -279,6 +286,7 @@ class VLLMEngine(RolloutEngine):
             cache_gib,
             sleeps=bool(sleep_level),
             tensor_parallel_size=tensor_parallel_size,
+            attention_backend=attention_backend,
         )
         if tensor_parallel_size > 1:
             executor = self._engine.engine_core.engine_core.model_executor

@@ -149,6 +149,11 @@ def test_scientific_notation_is_a_number_where_the_tree_is_untyped_too(tmp_path:
         ),
         (
             RunConfig,
+            "rollout: {attention_backend: FLASHMLA, engine: reference}",
+            r"^rollout: attention_backend=FLASHMLA needs engine=vllm, not reference: leave it out",
+        ),
+        (
+            RunConfig,
             "rollout: {tensor_parallel_size: 2, num_gpus: 2, sleep_level: 1}",
             r"^rollout: sleep_level=1 is for a GPU that a learner shares, .* set sleep_level to 0",
         ),

@@ -283,10 +283,10 @@ def test_vllm_cache_bytes_are_what_a_running_sequence_takes_from_the_pool(vllm):
 
 
 @pytest.mark.vllm
-def test_an_engine_without_memory_or_room_is_a_user_error_that_names_the_setting(vllm):
+def test_an_engine_without_memory_room_or_backend_is_a_user_error_that_names_the_setting(vllm):
     pool, _, _ = vllm
 
-    def attempt(worker, **settings: float) -> str:
+    def attempt(worker, **settings: float | str) -> str:
         config = worker._spec.config.model_copy(update=settings)
         try:
             replace(worker._spec, config=config).build()
@@ -305,3 +305,5 @@ def test_an_engine_without_memory_or_room_is_a_user_error_that_names_the_setting
         f"rollout.cache_gib=1e-05 does not hold one sequence of {CONTEXT} tokens: raise it, "
         "or lower rollout.max_tokens"
     )
+    no_choice = ray.get(worker.__ray_call__.remote(attempt, attention_backend="FLASHMLA"))
+    assert no_choice == "rollout.attention_backend chooses among a GPU's and there is no GPU: leave it out"
