@@ -227,12 +227,29 @@ def test_the_check_names_what_is_out_of_tolerance(tmp_path: Path, monkeypatch: p
 def test_the_check_names_what_has_no_result_when_its_time_is_over(tmp_path: Path) -> None:
     class Slow(Inline):
         def submit(self, call: Callable, *arguments: object) -> Future:  # type: ignore[override]
-            return Future() if call is kda_check.far_addresses else super().submit(call, *arguments)
+            return Future() if arguments[0] is kda_check.far_addresses else super().submit(call, *arguments)
 
     assert not kda_check.check(timing.Results(tmp_path / "errors.json"), Slow(), limit_s=0.1)
     *others, last = read(tmp_path / "errors.json")
     assert last["cases"] == ["far addresses"]
     assert len(others) == 1 + len(kda_check.DECODE_SIZES) + 3
+
+
+def test_a_case_without_memory_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kda_check, "MEMORY_WAIT_S", 0.0)
+    calls = []
+
+    def case(found: int) -> dict[str, object]:
+        calls.append(found)
+        if len(calls) < found:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"case": "late"}
+
+    assert kda_check.with_memory(case, 3) == {"case": "late"}
+    assert len(calls) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        kda_check.with_memory(case, 1000)
+    assert len(calls) == 3 + kda_check.MEMORY_TRIES
 
 
 def test_betas_error_is_judged_by_its_terms_where_these_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +273,7 @@ def test_betas_error_is_judged_by_its_terms_where_these_cancel(monkeypatch: pyte
 def test_the_check_goes_on_past_a_case_that_fails(tmp_path: Path) -> None:
     class Failing(Inline):
         def submit(self, call: Callable, *arguments: object) -> Future:  # type: ignore[override]
-            if call is not kda_check.far_addresses:
+            if arguments[0] is not kda_check.far_addresses:
                 return super().submit(call, *arguments)
             future: Future = Future()
             future.set_exception(RuntimeError("does not compile"))
