@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar
@@ -23,15 +24,7 @@ from rlscale.errors import UserError
 from rlscale.tasks.base import Shaping, Split, Task, TaskOptions, split_of
 from rlscale.types import Problem
 
-# reasoning-gym imports this SAT solver for zebra_puzzles alone, and it has to be compiled: where that was not
-# possible, the other datasets work all the same.
 _SAT_SOLVER = find_spec("pycosat") is not None
-if not _SAT_SOLVER:
-    sys.modules["pycosat"] = ModuleType("pycosat")
-
-import reasoning_gym  # noqa: E402
-from reasoning_gym.factory import DATASETS  # noqa: E402
-
 PREFIX = "reasoning_gym/"
 _REMEMBERED_ENTRIES = 4096
 
@@ -63,7 +56,7 @@ class GymTask(Task):
             if option not in known:
                 raise UserError(f"{self.name}: unknown option '{option}', known are {', '.join(known)}")
         try:
-            self._dataset = reasoning_gym.create_dataset(dataset, **{"seed": 0, **options})
+            self._dataset = _reasoning_gym().create_dataset(dataset, **{"seed": 0, **options})
         except (AssertionError, ValueError, TypeError) as error:
             raise UserError(f"{self.name} refuses the options {options}: {error}") from None
         self._entries: dict[str, dict[str, Any]] = {}
@@ -128,10 +121,22 @@ class GymTask(Task):
 
 def dataset_names() -> list[str]:
     """The datasets that `reasoning_gym/NAME` can name."""
-    return sorted(DATASETS)
+    return sorted(_reasoning_gym().factory.DATASETS)
 
 
 def dataset_fields(dataset: str) -> list[dataclasses.Field[Any]]:
     """The options of a dataset. Its seed is none of them: the splits need it."""
-    config = DATASETS[dataset][1]
+    config = _reasoning_gym().factory.DATASETS[dataset][1]
     return [field for field in dataclasses.fields(config) if field.name != "seed"]
+
+
+@cache
+def _reasoning_gym() -> ModuleType:
+    """The library, imported when a task asks for it: with Matplotlib, which it needs, that takes a second."""
+    if not _SAT_SOLVER:
+        # It imports this SAT solver for zebra_puzzles alone, and it has to be compiled: where that was not
+        # possible, the other datasets work all the same.
+        sys.modules["pycosat"] = ModuleType("pycosat")
+    import reasoning_gym
+
+    return reasoning_gym

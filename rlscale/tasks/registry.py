@@ -85,14 +85,17 @@ def describe_task(name: str) -> TaskInfo:
 
 
 def _check_name(name: str) -> None:
-    known = TASKS.keys() | {PREFIX + dataset for dataset in dataset_names()}
+    if name in TASKS:
+        return
+    datasets = dataset_names()
+    known = TASKS.keys() | {PREFIX + dataset for dataset in datasets}
     if name in known:
         return
     close = difflib.get_close_matches(name, known, n=1)
     suggestion = f" Did you mean '{close[0]}'?" if close else ""
     raise UserError(
         f"unknown task '{name}':{suggestion} Known are {', '.join(TASKS)} and {PREFIX}NAME "
-        f"for {len(dataset_names())} datasets (`rlscale tasks` lists them)"
+        f"for {len(datasets)} datasets (`rlscale tasks` lists them)"
     )
 
 
