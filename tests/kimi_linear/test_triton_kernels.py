@@ -183,9 +183,9 @@ else:
             assert torch.equal(before[:, :cut], after[:, :cut])
             assert not torch.equal(before[:, cut:], after[:, cut:])
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(
-        lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any),
+        lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(lambda n: 0 < sum(n) < 150),
         groups=st.integers(1, 3),
         key_dim=st.integers(16, 40),
         value_dim=st.integers(16, 40),
