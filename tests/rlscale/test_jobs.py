@@ -7,8 +7,10 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +30,15 @@ RLSCALE = [sys.executable, "-m", "rlscale"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A head node with a job server, as `ray start` gives it; its home is a folder of its own."""
-    home = tmp_path_factory.mktemp("home")
+def home() -> Iterator[Path]:
+    """A folder of its own for a cluster; its path is short, as those of the sockets within must be."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[str]:
+    """A head node with a job server, as `ray start` gives it."""
     patch = pytest.MonkeyPatch()
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
         patch.setenv(name, "")  # remembers what to go back to
@@ -41,14 +49,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "PYTHONPATH": "",
         "PATH": f"{Path(sys.executable).parent}:/bin:/usr/bin",
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Jobs go through the agent, whose usual port another cluster on this machine may have.
+    port, agent_port = free_ports(2)
     head = subprocess.Popen(
         [
             Path(sys.executable).with_name("ray"),
             *("start", "--head", "--block", "--port=0", "--num-cpus=2", "--include-dashboard=true"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--temp-dir", str(home / "ray")),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+            *(f"--dashboard-agent-listen-port={agent_port}", "--temp-dir", str(home / "ray")),
         ],
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -62,6 +70,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         AuthenticationTokenLoader.instance().reset_cache()
         head.terminate()
         head.wait(30)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as bound:
+        sockets = [bound.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
 
 
 def _answering(address: str, head: subprocess.Popen[bytes]) -> str:

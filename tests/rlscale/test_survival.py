@@ -71,12 +71,15 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return without_timings([{k: v for k, v in m.items() if k != "step"} for m in read_run(folder).metrics])
 
 
-@pytest.mark.parametrize("name", ENDS, ids=ENDS.values())
+@pytest.mark.parametrize(
+    "name", ENDS, ids=["disk full" if name.startswith("full") else moment for name, moment in ENDS.items()]
+)
 def test_a_run_resumed_after_its_end_repeats_the_uninterrupted_one(
     name: str,
     deaths: dict[str, Path],
     uninterrupted: dict[str, list[dict[str, float]]],
 ) -> None:
+    print(ENDS[name])
     with RunFolder.resume(deaths[name], config(name)) as folder:
         resumed_at = folder.progress().step
         run(config(name), folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from shared_memory_leaks import left_since, segments
 from test_loop import without_timings
 
 from rlscale.runs import read_run
@@ -70,7 +71,7 @@ class Command:
         self.folder = folder
         self.mark = f"RLSCALE_TEST={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
-        self.segments = set(os.listdir("/dev/shm"))
+        self._segments = segments()
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -132,27 +133,13 @@ class Command:
         self.process.wait(timeout=PATIENCE)
         wait_for("the end of all processes", lambda: not self.processes())
         self._listener.join(timeout=PATIENCE)
-        left = set(os.listdir("/dev/shm")) - self.segments
-        assert not [name for name in left if not _is_open(Path("/dev/shm") / name)]
+        assert not left_since(self._segments)
         return self.process.returncode, self.said
 
     def close(self) -> None:
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
-
-
-def _is_open(segment: Path) -> bool:
-    """Some process holds it: it is another run's, and no orphan."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(segment) in (entry / "maps").read_text():
-                return True
-            if any(os.readlink(fd) == str(segment) for fd in (entry / "fd").iterdir()):
-                return True
-        except OSError:
-            continue
-    return not segment.exists()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_memory_leaks import left_since, segments
 
 from rlscale.errors import UserError
 from rlscale.memory import available_memory
@@ -42,12 +43,12 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def publisher():
-    before = sorted(os.listdir("/dev/shm"))
+    before = segments()
     publisher = SharedMemoryPublisher()
     yield publisher
     publisher.close()
     publisher.close()
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert not left_since(before)
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -216,7 +217,7 @@ def test_a_killed_publisher_leaves_no_memory_behind():
         "print(repr(manifest), flush=True)\n"
         "time.sleep(60)\n"
     )
-    before = sorted(os.listdir("/dev/shm"))
+    before = segments()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     from rlscale.weights.shared_memory import TensorPlace
@@ -229,6 +230,6 @@ def test_a_killed_publisher_leaves_no_memory_behind():
     process.stdout.close()
     time.sleep(0.1)
     assert not Path(manifest.segment).exists()
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert not left_since(before)
     with pytest.raises(StaleWeightsError, match="gone"), open_weights(manifest):
         pass

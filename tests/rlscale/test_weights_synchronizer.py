@@ -1,8 +1,8 @@
-import os
 from collections.abc import Mapping
 
 import pytest
 import torch
+from shared_memory_leaks import left_since, segments
 
 from rlscale.weights.base import account_for
 from rlscale.weights.digests import Digests, digests
@@ -119,6 +119,6 @@ def test_accounting_passes_tensors_on_unchanged_in_the_given_order():
 
 
 def test_nothing_of_a_sync_is_left_in_shared_memory():
-    before = sorted(os.listdir("/dev/shm"))
+    before = segments()
     Synchronizer(FakeLearner(), FakeEngines()).sync_weights()
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert not left_since(before)

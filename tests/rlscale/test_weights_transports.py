@@ -1,4 +1,3 @@
-import os
 import pickle
 import subprocess
 import sys
@@ -7,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_memory_leaks import left_since, segments
 
 from rlscale.config import LearnerConfig, RolloutConfig, WeightSyncConfig
 from rlscale.errors import UserError
@@ -207,9 +207,9 @@ def test_a_transport_that_cannot_join_the_two_is_refused_by_key_and_remedy(trans
 
 
 def test_nothing_is_left_in_shared_memory(readers) -> None:
-    before = sorted(os.listdir("/dev/shm"))
+    before = segments()
     publisher = StreamPublisher("staging", readers=1, bucket_bytes=1000)
     readers[0].tell(publisher.publish(random_weights(), 0))
     readers[0].answer()
     publisher.close()
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert not left_since(before)
