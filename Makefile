@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
+# Bytecode is left to the first import: most of these modules are never imported.
+INSTALL := $(BIN)/pip install --no-deps --no-compile
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test browser lint clean
@@ -28,14 +30,14 @@ lint: $(VENV)/.dev
 $(VENV)/.cpu: requirements/cpu.txt requirements/compiled.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "rlscale needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps $(TORCH) || $(BIN)/pip install --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH)
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/compiled.txt || echo "no C compiler: reasoning_gym/zebra_puzzles will not run"
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(INSTALL) --quiet $(TORCH) || $(INSTALL) --index-url $(TORCH_CPU_INDEX) $(TORCH)
+	$(INSTALL) --quiet -r requirements/cpu.txt
+	$(INSTALL) --quiet -r requirements/compiled.txt || echo "no C compiler: reasoning_gym/zebra_puzzles will not run"
+	$(INSTALL) --quiet --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.cpu requirements/dev.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/dev.txt
+	$(INSTALL) --quiet -r requirements/dev.txt
 	touch $@
 
 clean:
