@@ -187,13 +187,15 @@ class RehearsalPool:
         self._step_all()
         return keys
 
-    def forget(self, keys: Sequence[int]) -> None:
-        gone = set(keys)
+    def forget(self, keys: Sequence[int]) -> int:
+        """Gives requests up; returns the tokens that had been drawn for them."""
+        gone, tokens = set(keys), 0
         self._queue = deque(entry for entry in self._queue if entry[0].key not in gone)
         for seat in self._seats:
             seat.inbox = [request for request in seat.inbox if request.key not in gone]
-            seat.engine.abort([key for key in gone if seat.given.pop(key, None) is not None])
+            tokens += seat.engine.abort([key for key in gone if seat.given.pop(key, None) is not None])
         self._assign()
+        return tokens
 
     def _assign(self) -> None:
         while self._queue:
@@ -275,6 +277,7 @@ class _Stream:
     def __init__(self, pool: RehearsalPool, on_group: Callable[[int, list[Completion]], None]) -> None:
         self._pool, self._on_group = pool, on_group
         self._running: dict[int, tuple[int, int]] = {}  # by the caller's key: the pool's, and the version
+        self._given_up_tokens = 0
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         keys = self._pool.enqueue(
@@ -289,8 +292,12 @@ class _Stream:
 
     def drop_older_than(self, version: int) -> list[int]:
         old = [place for place, (_, begun) in self._running.items() if begun < version]
-        self._pool.forget([self._running.pop(place)[0] for place in old])
+        self._given_up_tokens += self._pool.forget([self._running.pop(place)[0] for place in old])
         return old
+
+    def take_given_up_tokens(self) -> int:
+        tokens, self._given_up_tokens = self._given_up_tokens, 0
+        return tokens
 
     def close(self) -> None:
         self._pool.forget([key for key, _ in self._running.values()])
