@@ -110,10 +110,9 @@ class _Fitting:
 
     def at(self, number: int) -> Example:
         example = self.examples.at(number)
-        length = len(example.prompt_ids) + len(example.completion_ids)
-        if length > self.context:
+        if example.tokens > self.context:
             raise UserError(
-                f"an example of {length} tokens exceeds the model's context of {self.context}: "
+                f"an example of {example.tokens} tokens exceeds the model's context of {self.context}: "
                 "leave it out or raise model.overrides.model_max_length"
             )
         return example

@@ -103,6 +103,11 @@ class Example:
     prompt_ids: list[int]
     completion_ids: list[int]
 
+    @property
+    def tokens(self) -> int:
+        """Of prompt and completion together."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
 
 @dataclass(slots=True)
 class Rollout:

@@ -28,7 +28,6 @@ from rlscale.learner.pass_rate import mean_probability
 from rlscale.models import model_config
 from rlscale.runs.files import write_json
 from rlscale.tasks import build_tokenizer, make_task
-from rlscale.types import Example
 
 LOOKED_AT = 32  # validation problems behind a pass rate
 
@@ -73,7 +72,7 @@ def main(
 
         def drawn(place: int, solutions: Solutions = solutions, size: int = batch_size) -> MicroBatch:
             examples = [solutions.at(number) for number in range(place, place + size)]
-            (batch,) = pack(examples_as_rollouts(examples), sum(map(len_of, examples)))
+            (batch,) = pack(examples_as_rollouts(examples), sum(example.tokens for example in examples))
             return batch
 
         begun = step
@@ -105,10 +104,6 @@ def main(
         if curve[-1][3] >= seconds:
             print(f"{architecture} {seed}: time is over at {now} of {length} tokens", flush=True)
             break
-
-
-def len_of(example: Example) -> int:
-    return len(example.prompt_ids) + len(example.completion_ids)
 
 
 def lengths(first: int, last: int) -> Iterator[int]:

@@ -43,7 +43,7 @@ def mean_probability(
     """
     was_training = model.training
     model.eval()
-    longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    longest = max(example.tokens for example in examples)
     rows = max(1, _TOKENS_AT_A_TIME // longest)
     parts = [
         _log_probabilities(model, tokenizer, examples[first : first + rows])
@@ -76,12 +76,12 @@ def _padded(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids, labels (prompts and padding ignored) and attention mask of a batch, each [B, longest]
     int64."""
-    longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    longest = max(example.tokens for example in examples)
     ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
     labels = torch.full((len(examples), longest), IGNORED)
     mask = torch.zeros(len(examples), longest, dtype=torch.long)
     for row, example in enumerate(examples):
-        prompt, length = len(example.prompt_ids), len(example.prompt_ids) + len(example.completion_ids)
+        prompt, length = len(example.prompt_ids), example.tokens
         ids[row, :length] = torch.tensor([*example.prompt_ids, *example.completion_ids])
         labels[row, prompt:length] = torch.tensor(example.completion_ids)
         mask[row, :length] = 1
