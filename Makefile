@@ -13,7 +13,7 @@ demo: $(VENV)/.cpu
 	$(BIN)/rlscale sweep experiments/demo.yaml --overwrite
 
 test: $(VENV)/.dev browser lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Tests of the report click through it in a browser.
 browser:
