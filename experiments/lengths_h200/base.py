@@ -4,7 +4,8 @@
 
 Supervised training from random weights on countdowns of 256 tokens, then of twice as many, up to the length
 asked for; each time until the policy is sometimes right, and leaves a checkpoint: hybrid_256_seed0,
-hybrid_512_seed0.
+hybrid_512_seed0. Beyond 512 tokens the learning rate falls with the root of the length: a step has fewer
+answers there, and at a constant rate pass rates fell back to 0 again and again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rlscale.runs.files import write_json
 from rlscale.tasks import build_tokenizer, make_task
 
 LOOKED_AT = 32  # validation problems behind a pass rate
+FULL_RATE_LENGTH = 512  # tokens; longer answers have a lower learning rate
 
 
 def main(
@@ -40,7 +42,7 @@ def main(
     preset: Annotated[str, typer.Option(help="Shape of the hybrid.")] = "small",
     first: Annotated[int, typer.Option(help="Length to begin with.")] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens of a step, about.")] = 16384,
-    rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-3,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate up to 512 tokens.")] = 1e-3,
     target: Annotated[float, typer.Option(help="Pass rate to stop at.")] = 0.25,
     every: Annotated[int, typer.Option(help="Steps between two looks at the pass rate.")] = 4,
     seconds: Annotated[float, typer.Option(help="Save what there is after so many, and stop.")] = 600,
@@ -89,7 +91,8 @@ def main(
             loss = -logprobs(batch).mean()
             loss.backward()
             step += 1
-            optimizer.step(optimizer.learning_rate(step), loss.detach())
+            scale = min(1.0, (FULL_RATE_LENGTH / now) ** 0.5)
+            optimizer.step(optimizer.learning_rate(step) * scale, loss.detach())
             optimizer.zero_grad()
         folder = output / f"{architecture}_{now}_seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
