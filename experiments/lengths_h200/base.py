@@ -71,6 +71,7 @@ def main(
         problems = [task.problem("validation", key) for key in range(LOOKED_AT)]
         solved = [encode_example(tokenizer, problem.prompt, problem.answer) for problem in problems]
         batch_size = max(1, tokens // now)
+        share_of_rate = min(1.0, (FULL_RATE_LENGTH / now) ** 0.5)
 
         def drawn(place: int, solutions: Solutions = solutions, size: int = batch_size) -> MicroBatch:
             examples = [solutions.at(number) for number in range(place, place + size)]
@@ -91,8 +92,7 @@ def main(
             loss = -logprobs(batch).mean()
             loss.backward()
             step += 1
-            scale = min(1.0, (FULL_RATE_LENGTH / now) ** 0.5)
-            optimizer.step(optimizer.learning_rate(step) * scale, loss.detach())
+            optimizer.step(optimizer.learning_rate(step) * share_of_rate, loss.detach())
             optimizer.zero_grad()
         folder = output / f"{architecture}_{now}_seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
