@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
+GRACE = 10.0  # seconds in which a dead process's resource tracker takes away what it left
 
 
 def segments() -> set[str]:
@@ -13,8 +15,13 @@ def segments() -> set[str]:
 
 
 def left_since(before: set[str]) -> list[str]:
-    """Segments that were not there before and that no other process holds."""
-    return sorted(name for name in segments() - before if not _is_anothers(FOLDER / name))
+    """Segments that were not there before, that no other process holds and that do not go by themselves."""
+    end = time.monotonic() + GRACE
+    while True:
+        left = sorted(name for name in segments() - before if not _is_anothers(FOLDER / name))
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
 
 
 def _is_anothers(segment: Path) -> bool:
