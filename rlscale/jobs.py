@@ -39,6 +39,7 @@ _CONFIG = "config.yaml"
 _OUTPUT = "rlscale_output"
 _ARCHIVE_BEGINS, _ARCHIVE_ENDS = "rlscale-archive-begins", "rlscale-archive-ends"
 _POLL_S = 1.0
+_ANSWER_S = 30.0  # that a job server may take; Ray's client waits without end
 _AGENT_S = 60.0  # that the agent of a cluster which has just started may take
 _JOBS_FOLDER = "~/rlscale_jobs"
 """Where results lie on the head node when no other place was asked for."""
@@ -85,6 +86,7 @@ class Cluster:
             raise UserError(f"--address {address} is not a job server's: http://HOST:8265, the dashboard's")
         self._address = address.rstrip("/")
         with self._errors(), _only_this_address(self._address):
+            requests.get(f"{self._address}/api/version", timeout=_ANSWER_S)
             self._client = JobSubmissionClient(self._address)
 
     def submit(

@@ -232,6 +232,14 @@ def test_a_wrong_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         Cluster("127.0.0.1:6379")
 
 
+def test_a_server_that_never_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlscale.jobs._ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(UserError, match=rf"no job server at http://127\.0\.0\.1:{port} .*timed out"):
+            Cluster(f"http://127.0.0.1:{port}")
+
+
 def test_runs_and_sweeps_are_told_apart_by_their_keys(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("steps: 3")
     (tmp_path / "sweep.yaml").write_text("required_lengths: [3]")
