@@ -65,7 +65,8 @@ from rlscale.workers import Workers
 ARCHITECTURES: tuple[Architecture, ...] = ("hybrid", "mla")
 WARM_STEPS = 1
 """Of each run, whose workers have made their buffers and compiled their kernels in runs before."""
-CALIBRATION_STEPS = WARM_STEPS + 2
+CALIBRATION_STEPS = WARM_STEPS + 6
+"""Of each short run: the host makes single steps up to a third slower, and of two that is not seen."""
 CLOCKS = "clocks.json"
 """In a run's folder: seconds, and those that engines had been busy for, at the end of steps 0, 1, 2, ..."""
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
