@@ -48,7 +48,10 @@ def server(home: Path) -> Iterator[str]:
         "HOME": str(home),
         "PYTHONPATH": "",
         "PATH": f"{Path(sys.executable).parent}:/bin:/usr/bin",
-        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+        # Busy cores take longer than Ray has patience for, by default 30 and 60 s.
+        "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "180",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "240",
+        "RAY_agent_register_timeout_ms": "180000",
     }
     heads: list[subprocess.Popen[bytes]] = []
     try:
