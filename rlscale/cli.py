@@ -112,8 +112,8 @@ def run(
             stop=lambda: stop.requested,
             wait=wait,
         ):
-            display.show(event)
             stop.follow(event.run, event.state)
+            display.show(event)
     if event.state == "stopped":
         typer.echo(f"stopped at step {event.step}; --resume continues the run in {folder}")
     else:
@@ -157,8 +157,8 @@ def sweep(
             stop=lambda: stop.requested,
             wait=wait,
         ):
-            display.show(event)
             stop.follow(event.run, event.state)
+            display.show(event)
     if stop.requested:
         typer.echo(f"stopped; --resume continues the sweep in {folder}")
         return

@@ -152,6 +152,8 @@ class Workers(AbstractContextManager["Workers"]):
         # Who waits for completions is the loop, and while it does the learner does not learn.
         self.rollouts.resend_weights = weights.resend
         learner = TakesTurns(self.learner, self.rollouts) if config.rollout.sleep_level else self.learner
+        if checkpoint is not None:  # else the evaluation before the first step says that training begins
+            yield RunEvent(run.path.name, "training", run.step)
         for report in train(config, task, self.tokenizer, learner, self.rollouts, weights, run, stop):
             yield RunEvent(run.path.name, "training", report.step, report.metrics, report.evaluation)
 

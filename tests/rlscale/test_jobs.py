@@ -66,7 +66,8 @@ def server(home: Path) -> Iterator[str]:
 
 
 def _answering_head(home: Path, environment: dict[str, str], heads: list[subprocess.Popen[bytes]]) -> str:
-    """The address of a head's job server, after as many starts as it takes: all of them go to `heads`."""
+    """The address of a head's job server that takes jobs, after as many starts as it takes: all of them go
+    to `heads`."""
     deadline = time.monotonic() + 480
     while time.monotonic() < deadline:
         # Jobs go through the agent, whose usual port another cluster on this machine may have.
@@ -86,9 +87,10 @@ def _answering_head(home: Path, environment: dict[str, str], heads: list[subproc
         # It ends when a part of it does not come up in 30 s, which on busy cores says nothing.
         while head.poll() is None and time.monotonic() < deadline:
             try:
-                Cluster(f"http://127.0.0.1:{port}")
+                client = Cluster(f"http://127.0.0.1:{port}")._client
+                client.submit_job(entrypoint="true")
                 return f"http://127.0.0.1:{port}"
-            except UserError:
+            except (UserError, RuntimeError):
                 time.sleep(1)
     pytest.fail(f"no head's job server answered, of {len(heads)} that were started")
 
