@@ -84,13 +84,12 @@ def _answering_head(home: Path, environment: dict[str, str], heads: list[subproc
             start_new_session=True,
         )
         heads.append(head)
-        # It ends when a part of it does not come up in 30 s, which on busy cores says nothing.
+        # It ends when a part of it does not come up in time, which on busy cores says nothing.
         while head.poll() is None and time.monotonic() < deadline:
             try:
-                client = Cluster(f"http://127.0.0.1:{port}")._client
-                client.submit_job(entrypoint="true")
+                Cluster(f"http://127.0.0.1:{port}")._submit(entrypoint="true")
                 return f"http://127.0.0.1:{port}"
-            except (UserError, RuntimeError):
+            except (UserError, RuntimeError, OSError):
                 time.sleep(1)
     pytest.fail(f"no head's job server answered, of {len(heads)} that were started")
 
