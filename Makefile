@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements/cpu.txt)
-# Bytecode is left to the first import: most of these modules are never imported.
+# Bytecode is left to the first import, because most of these modules are never imported. Where nobody may write
+# it, each of a run's processes compiles all that it imports: 24 s instead of 10 s for an engine's.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/pip install --no-deps --no-compile
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 

@@ -48,6 +48,7 @@ def server(home: Path) -> Iterator[str]:
         "HOME": str(home),
         "PYTHONPATH": "",
         "PATH": f"{Path(sys.executable).parent}:/bin:/usr/bin",
+        "RAY_USAGE_STATS_ENABLED": "0",
         # Busy cores take longer than Ray has patience for, by default 30 and 60 s.
         "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "180",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "240",
@@ -72,17 +73,20 @@ def _answering_head(home: Path, environment: dict[str, str], heads: list[subproc
     while time.monotonic() < deadline:
         # Jobs go through the agent, whose usual port another cluster on this machine may have.
         port, agent_port = free_ports(2)
-        head = subprocess.Popen(
-            [
-                Path(sys.executable).with_name("ray"),
-                *("start", "--head", "--block", "--port=0", "--num-cpus=2", "--include-dashboard=true"),
-                *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
-                *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={home}/ray{len(heads)}"),
-            ],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        output = home / f"head{len(heads)}.log"
+        with output.open("w") as log:
+            head = subprocess.Popen(
+                [
+                    Path(sys.executable).with_name("ray"),
+                    *("start", "--head", "--block", "--port=0", "--num-cpus=2", "--include-dashboard=true"),
+                    *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
+                    *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={home}/ray{len(heads)}"),
+                ],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         heads.append(head)
         # It ends when a part of it does not come up in time, which on busy cores says nothing.
         while head.poll() is None and time.monotonic() < deadline:
@@ -91,7 +95,9 @@ def _answering_head(home: Path, environment: dict[str, str], heads: list[subproc
                 return f"http://127.0.0.1:{port}"
             except (UserError, RuntimeError, OSError):
                 time.sleep(1)
-    pytest.fail(f"no head's job server answered, of {len(heads)} that were started")
+    pytest.fail(
+        f"no head's job server answered, of {len(heads)}; the last one said:\n{output.read_text()[-2000:]}"
+    )
 
 
 def free_ports(count: int) -> list[int]:
