@@ -119,9 +119,10 @@ def test_an_address_without_a_cluster_is_a_user_error():
 
 
 DRIVER = """
-import sys, time
+import signal, time
 import ray
 from rlscale.cluster import connect
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background begin with it ignored
 connect()
 @ray.remote(num_cpus=0)
 class Actor:

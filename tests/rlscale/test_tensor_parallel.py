@@ -17,6 +17,7 @@ from transformers import KimiLinearConfig
 
 from kimi_linear.checkpoint import named_released_tensors
 from kimi_linear.config import mla_twin, preset
+from kimi_linear.layers.mlp import Router
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.cluster import connect, reserve
 from rlscale.config import RolloutConfig
@@ -66,17 +67,41 @@ def random_prompts(count: int) -> list[list[int]]:
     return [torch.randint(3, 128, (n,)).tolist() for n in torch.randint(1, 60, (count,)).tolist()]
 
 
+def logprobs_and_margins(
+    model: KimiLinearForCausalLM, tokens: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each token but the first, and how much better, at the token before it, the last
+    expert chosen was than the best one left out, in the closest layer."""
+    margins = [torch.full((len(tokens) - 1,), torch.inf)]  # of a model without experts
+
+    def note_margin(router: Router, inputs: tuple[torch.Tensor], _: object) -> None:
+        scores = torch.nn.functional.linear(inputs[0], router.weight).sigmoid()
+        best = (scores + router.e_score_correction_bias).topk(router.experts_per_token + 1).values
+        margins.append(best[:-1, -2] - best[:-1, -1])
+
+    hooks = [m.register_forward_hook(note_margin) for m in model.modules() if isinstance(m, Router)]
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    for hook in hooks:
+        hook.remove()
+    return logprobs, torch.stack(margins).amin(0)
+
+
 def worst_difference(
     models: dict[int, KimiLinearForCausalLM], prompt: list[int], completion: Completion
 ) -> float:
-    """Mean |log-probability of the model that drew a token - of the rollout|, of the worst version."""
-    ids, versions = torch.tensor([prompt + completion.token_ids]), torch.tensor(completion.weight_versions)
-    found, worst = torch.tensor(completion.logprobs), 0.0
-    for version in set(completion.weight_versions):
-        with torch.no_grad():
-            logprobs = models[version](ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        own = logprobs.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
-        worst = max(worst, (found - own)[versions == version].abs().mean().item())
+    """Mean |log-probability of the model that drew a token - of the rollout|, of the worst version.
+
+    Where two experts are as good as equal, rounding decides between them: what follows is left out.
+    """
+    versions, found = torch.tensor(completion.weight_versions), torch.tensor(completion.logprobs)
+    own = {v: logprobs_and_margins(models[v], prompt + completion.token_ids) for v in set(versions.tolist())}
+    decided = torch.stack([margins > 1e-5 for _, margins in own.values()]).all(0).cumprod(0).bool()
+    worst = 0.0
+    for version, (logprobs, _) in own.items():
+        difference = (found - logprobs[len(prompt) - 1 :])[(versions == version) & decided[len(prompt) - 1 :]]
+        worst = max(worst, difference.abs().sum().item() / max(len(difference), 1))
     return worst
 
 
