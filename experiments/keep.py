@@ -2,7 +2,8 @@
 
 python experiments/keep.py RUNS OUT leaves out checkpoints and TensorBoard files, metrics that no figure
 shows, digits beyond the fifth, and sample rollouts between the first and the last evaluation. `rlscale plot
-OUT` and `rlscale report OUT` then draw what they would draw of RUNS.
+OUT` and `rlscale report OUT` then draw what they would draw of RUNS. Runs that say they are running were
+killed: nothing runs in a copy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlscale.runs import find_runs
+from rlscale.runs.files import write_json
 from rlscale.runs.reading import CONFIG, EVALUATIONS, METRICS, SAMPLES, STATUS, WARM_START, read_samples
 
 SHOWN = (
@@ -30,9 +32,13 @@ def keep(runs: Path, out: Path) -> None:
     for run in (run for run in find_runs([runs]) if run.evaluations):
         folder = out / run.path.name
         folder.mkdir(parents=True)
-        for name in (CONFIG, STATUS, WARM_START):
+        for name in (CONFIG, WARM_START):
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, folder / name)
+        status = json.loads((run.path / STATUS).read_text())
+        if status["state"] == "running":
+            status["state"] = "stopped"
+        write_json(folder / STATUS, status)
         samples = read_samples(run.path)
         ends = {samples[0]["step"], samples[-1]["step"]}
         for name, records in (
