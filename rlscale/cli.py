@@ -487,6 +487,7 @@ def _follow(cluster: JobCluster, job: str) -> None:
 def draw(folders: list[Path], output: Path, summary: Path) -> None:
     """Figures into `output`, the table into `summary` and onto the terminal."""
     from rlscale.runs import find_runs
+    from rlscale.scaling.leads import lead_table, leads, trends
     from rlscale.scaling.plots import plot_runs
     from rlscale.scaling.summary import (
         hybrid_to_mla,
@@ -505,6 +506,8 @@ def draw(folders: list[Path], output: Path, summary: Path) -> None:
     console.print(summary_table(rows))
     if ratios := hybrid_to_mla(rows):
         console.print(ratio_table(ratios))
+    if found := leads(runs):
+        console.print(lead_table(found, trends(runs)))
     for missing in unrecorded(runs):
         console.print(missing, highlight=False)
     console.print(f"{len(figures)} figures in {output}, the table in {summary}", highlight=False)

@@ -5,10 +5,11 @@
     asymptotes                                          what the fits say against length
     throughput, cache                                   rollout tokens/s and cache bytes against length
     ratio, crossing                                     hybrid over full MLA, from which length it leads
+    lead                                                hybrid less full MLA in held-out pass rate
     diagnostics, step_time                              what to look at when a curve looks odd
 
-Beside them fits.json has the fits' numbers and the crossing lengths. Any set of runs will do: one run, one
-length, one architecture, unfinished runs. Figures that the records cannot carry are left out.
+Beside them fits.json has the fits' numbers, the crossing lengths and the leads. Any set of runs will do: one
+run, one length, one architecture, unfinished runs. Figures that the records cannot carry are left out.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rlscale.scaling import style
 from rlscale.scaling.crossing import crossings
 from rlscale.scaling.curve_plots import asymptotes, crossing_lengths, scaling_curves
 from rlscale.scaling.curves import FittedCurve, fit_axes, fit_records
+from rlscale.scaling.leads import MEASURES, Lead, Trend, lead_records, leads, trends
 from rlscale.scaling.panels import (
     CLAIM_LINES,
     architectures_of,
@@ -93,6 +95,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
                 {
                     "curves": [record for axis in curves.values() for record in fit_records(axis)],
                     "crossings": [crossing.record() for crossing in crossings(summarise(runs))],
+                    **lead_records(runs),
                 },
             )
             return [path for name, figure in drawn.items() for path in style.save(figure, out, name)]
@@ -125,6 +128,7 @@ def figures(runs: Sequence[RunRecord], fitted: dict[str, list[FittedCurve]]) -> 
         ),
         "ratio": _ratios(hybrid_to_mla(rows)),
         "crossing": crossing_lengths(crossings(rows)),
+        "lead": _leads(leads(runs), trends(runs)),
         "diagnostics": _diagnostics(cells),
         "step_time": _step_times(cells),
     }
@@ -268,6 +272,51 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
         handles.append(Line2D([], [], color="black", lw=1, label="95% paired bootstrap interval over seeds"))
     if handles:
         place_legend(figure, handles)
+    return figure
+
+
+def _leads(found: Sequence[Lead], over: Sequence[Trend]) -> Figure | None:
+    """Each hybrid's lead in held-out pass rate against length, at the end and on the way, with 0 marked."""
+    if not found:
+        return None
+    shown = ("end", "mean")
+    figure, [panels] = style.new_figure(1, len(shown))
+    budgets = sorted({lead.cell.budget_ratio for lead in found})
+    hybrids = list(dict.fromkeys(lead.architecture for lead in found))
+    looks = {a: ARCHITECTURES[a] for a in hybrids} if len(hybrids) > 1 else {hybrids[0]: Look("", "black")}
+    edges = [0.05, -0.05]
+    for panel, name in zip(panels, shown, strict=True):
+        panel.axhline(0, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
+        for (hybrid, look), budget in itertools.product(looks.items(), budgets):
+            mine = [x for x in found if (x.architecture, x.cell.budget_ratio) == (hybrid, budget)]
+            shift = style.apart(hybrids.index(hybrid), len(hybrids))
+            lengths = [lead.cell.required_length * shift for lead in mine]
+            differences = [lead.by[name] for lead in mine]
+            values = [difference.value for difference in differences]
+            panel.plot(lengths, values, color=look.colour, **budget_look(look, budget, budgets))
+            for length, difference in zip(lengths, differences, strict=True):
+                ends = [difference.value + sign * (difference.half or 0.0) for sign in (-1, 1)]
+                panel.plot([length] * 2, ends, color=look.colour, lw=1)
+                edges += ends
+        title = f"held-out pass rate, {MEASURES[name].label}"
+        if len(over) == 1:
+            [trend] = over
+            title += f"\nall lengths: {trend.mean[name].text()}"
+        panel.set_title(title)
+        style.length_axis(panel, [lead.cell.required_length for lead in found])
+    reach = 1.1 * max(map(abs, edges))
+    for panel in panels:
+        panel.set_ylim(-reach, reach)
+        panel.tick_params(labelleft=panel is panels[0])
+    panels[0].set_ylabel("hybrid less full MLA")
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
+        for look in looks.values()
+        if look.label
+    ]
+    handles += budget_handles(Look("", "black"), budgets)
+    handles.append(Line2D([], [], color="black", lw=1, label="95% interval over seeds"))
+    place_legend(figure, handles)
     return figure
 
 

@@ -21,6 +21,7 @@ from rlscale.runs.reading import read_samples
 from rlscale.scaling import report_figures as draw
 from rlscale.scaling.crossing import crossings
 from rlscale.scaling.curves import fit_axes
+from rlscale.scaling.leads import leads
 from rlscale.scaling.series import by_cell, over_steps, require_comparable
 from rlscale.scaling.style import CACHE_CLAIMS, THROUGHPUT_CLAIMS
 from rlscale.scaling.summary import hybrid_to_mla, summarise
@@ -61,6 +62,7 @@ def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     figures = [
         draw.pass_rates(cells, curves),
         draw.crossing(crossed),
+        draw.lead_figure(leads(runs)),
         draw.ratio_figure(ratios),
         draw.against_length(
             *("throughput", "Rollout throughput", "rollout_tokens_per_s", "tokens per second"),

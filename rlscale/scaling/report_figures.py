@@ -11,6 +11,7 @@ import numpy as np
 from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import AXES, FittedCurve, costs
+from rlscale.scaling.leads import MEASURES, Lead
 from rlscale.scaling.series import (
     DIAGNOSTICS,
     Cell,
@@ -238,6 +239,42 @@ def ratio_figure(ratios: Sequence[Ratio]) -> ReportFigure | None:
         "more. Above 1 the hybrid has more.",
         plots,
         [_choice("Quantity", (COMPARED[q][0] for q in quantities))],
+    )
+
+
+def lead_figure(found: Sequence[Lead]) -> ReportFigure | None:
+    """Each hybrid less MLA in held-out pass rate against length, a choice for each measure."""
+    if not found:
+        return None
+    hybrids = list(dict.fromkeys(lead.architecture for lead in found))
+    plots = {}
+    for i, name in enumerate(MEASURES):
+        lines = []
+        for hybrid in hybrids:
+            its = [lead for lead in found if lead.architecture == hybrid]
+            differences = [(d.value, d.half or 0.0) for d in (lead.by[name] for lead in its)]
+            line = _line(
+                hybrid, [lead.cell.required_length for lead in its], [value for value, _ in differences]
+            )
+            line["error_y"] = _errors([(value, value - half, value + half) for value, half in differences])
+            line["showlegend"] = len(hybrids) > 1  # of a single hybrid the axis says what is compared
+            line["text"] = [
+                f"{'+'.join(map(str, lead.seeds))} seeds, up to step {lead.step}, budget {lead.cell.budget}"
+                for lead in its
+            ]
+            if len({lead.cell.required_length for lead in its}) < len(its):
+                line["mode"] = "markers"
+            lines.append(line)
+        lengths = [lead.cell.required_length for lead in found]
+        layout = _length_layout("hybrid less full MLA", lengths, {"zeroline": True, "zerolinecolor": GREY})
+        plots[str(i)] = {"data": lines, "layout": layout}
+    return ReportFigure(
+        "lead",
+        "Lead in held-out pass rate",
+        "At the steps that all runs of a length were evaluated at: the last three evaluations, all of them, "
+        "or either less the first two. Bars are 95% intervals over seeds (Welch).",
+        plots,
+        [_choice("Measure", (measure.label for measure in MEASURES.values()))],
     )
 
 

@@ -161,7 +161,8 @@ def ratio_table(ratios: Sequence[Ratio]) -> Table:
     A single hybrid is not named, so that the table fits a terminal of 80 columns.
     """
     several = len({ratio.architecture for ratio in ratios}) > 1
-    table = Table(title="Hybrid / full MLA, same seeds", box=None, pad_edge=False, header_style="bold")
+    title = "Hybrid / full MLA, same seeds"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     named = ("hybrid",) if several else ()
     for heading in ("length", "budget", *named, "seeds", "tokens/s", "cache", "final pass rate"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import FittedCurve
 from rlscale.scaling.fit import SigmoidFit
+from rlscale.scaling.leads import MEASURES, Difference, Lead, Trend, leads, trends
 from rlscale.scaling.series import Cell
 from rlscale.scaling.style import ARCHITECTURES, SHORT_NAMES
 from rlscale.scaling.summary import Ratio
@@ -60,15 +61,24 @@ def judge(
         curves: fitted, all against one compute axis.
     """
     findings, headlines = [], []
-    for hybrid in dict.fromkeys(ratio.architecture for ratio in ratios):
+    found, over = leads(runs), trends(runs)
+    present = {ratio.architecture for ratio in ratios} | {lead.architecture for lead in found}
+    for hybrid in (name for name in SUBJECTS if name in present):
         its = [ratio for ratio in ratios if ratio.architecture == hybrid]
         crossed = crossings if hybrid == "hybrid" else ()
-        headlines.append(_headline(SUBJECTS[hybrid], its, crossed))
+        lead = max((x for x in found if x.architecture == hybrid), key=lambda x: x.cell, default=None)
+        trend = max((x for x in over if x.architecture == hybrid), key=lambda x: x.budget_ratio, default=None)
+        if lead:  # says more than the last evaluations alone
+            its = [ratio for ratio in its if ratio.quantity != "pass_rate_end"]
+        parts = _parts(its, crossed) + ([_pass_rates_part(trend or lead)] if lead else [])
+        headlines.append(f"{SUBJECTS[hybrid]} {'; '.join(parts)}.")
         findings += [
             _about(SHORT_NAMES[hybrid], quantity, ratio, _along(crossed, quantity))
             for quantity in COMPARED
             if (ratio := _longest(its, quantity))
         ]
+        if lead:
+            findings += _about_pass_rates(SHORT_NAMES[hybrid], lead, trend)
     findings += _about_asymptotes(curves)
     findings += _about_extrapolation(curves)
     findings.append(_about_seeds(runs))
@@ -87,9 +97,10 @@ def unrecorded(runs: Sequence[RunRecord]) -> list[str]:
     return texts
 
 
-def _headline(subject: str, ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> str:
+def _parts(ratios: Sequence[Ratio], crossings: Sequence[Crossing]) -> list[str]:
+    """Of the headline, one for each quantity."""
     parts = []
-    for quantity, (leads, lags) in _LEADS.items():
+    for quantity, (ahead, behind) in _LEADS.items():
         ratio, crossing = _longest(ratios, quantity), _along(crossings, quantity)
         if ratio is None:
             continue
@@ -98,14 +109,52 @@ def _headline(subject: str, ratios: Sequence[Ratio], crossings: Sequence[Crossin
         elif _undecided(ratio):
             parts.append(f"cannot be told from full MLA in {COMPARED[quantity][0]}")
         elif crossing is None:
-            parts.append(f"{leads if _hybrid_leads(ratio) else lags} at {ratio.required_length:,} tokens")
+            parts.append(f"{ahead if _hybrid_leads(ratio) else behind} at {ratio.required_length:,} tokens")
         elif crossing.length == 0:
-            parts.append(f"{leads} at every length measured")
+            parts.append(f"{ahead} at every length measured")
         elif np.isinf(crossing.length):
-            parts.append(f"{lags} at {crossing.lengths[1]:,} tokens, the longest measured")
+            parts.append(f"{behind} at {crossing.lengths[1]:,} tokens, the longest measured")
         else:
-            parts.append(f"{leads} from about {crossing.length:,.0f} tokens of output on")
-    return f"{subject} " + "; ".join(parts) + "."
+            parts.append(f"{ahead} from about {crossing.length:,.0f} tokens of output on")
+    return parts
+
+
+def _pass_rates_part(found: Lead | Trend) -> str:
+    """Of the headline: who has the higher pass rate at the end or, where that is open, on the way."""
+    by = found.mean if isinstance(found, Trend) else found.by
+    where = (
+        f"over {_span(found)}" if isinstance(found, Trend) else f"at {found.cell.required_length:,} tokens"
+    )
+    if (end := by["end"]).decided:
+        return f"ends with the {_higher(end)} pass rate {where} ({end.text()})"
+    if (way := by["mean"]).decided:
+        return f"has the {_higher(way)} pass rate on the way {where} ({way.text()}), not surely at the end"
+    return f"cannot be told from full MLA in held-out pass rate {where}"
+
+
+def _about_pass_rates(hybrid: str, lead: Lead, trend: Trend | None) -> list[str]:
+    """A sentence for the end and one for the way there: over lengths, at the longest, and how it changes."""
+    texts = []
+    for name, gained in (("end", "end_gained"), ("mean", "mean_gained")):
+        label = MEASURES[name].label
+        text = f"Held-out pass rate {label}, {hybrid} less full MLA: "
+        at = f"{lead.by[name].text()} at {lead.cell.required_length:,} tokens up to step {lead.step}"
+        if trend is None:
+            text += f"{at}; less what runs began with, {lead.by[gained].text()}"
+        else:
+            text += f"{trend.mean[name].text()} over {_span(trend)}, {at}; it changes by "
+            text += f"{trend.per_doubling[name].text(3)} with each doubling of the length"
+            text += f"; less what runs began with, {trend.mean[gained].text()} over all lengths"
+        texts.append(f"{text} (95%, Welch).")
+    return texts
+
+
+def _span(trend: Trend) -> str:
+    return f"{len(trend.lengths)} lengths of {trend.lengths[0]:,} to {trend.lengths[-1]:,} tokens"
+
+
+def _higher(difference: Difference) -> str:
+    return "higher" if difference.value > 0 else "lower"
 
 
 def _undecided(ratio: Ratio) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import shutil
 import sys
@@ -102,7 +103,7 @@ def test_one_file_holds_the_page_and_it_asks_the_network_for_nothing(
 def test_figures_are_drawn_when_they_are_scrolled_to(opened: Page) -> None:
     opened.locator(".plot .main-svg").first.wait_for()
     plots = opened.locator(".plot")
-    assert plots.count() == 8
+    assert plots.count() == 9
     assert opened.locator(".plot:has(.main-svg)").count() < plots.count()
     for i in range(plots.count()):
         plots.nth(i).scroll_into_view_if_needed()
@@ -268,9 +269,14 @@ def test_the_verdict_names_crossings_intervals_and_what_is_missing(data: dict[st
     verdict = data["verdict"]
     assert verdict["headline"].startswith("The hybrid generates faster from about ")
     assert "needs less cache from about " in verdict["headline"]
+    assert "; ends with the higher pass rate over 3 lengths of 32 to 128 tokens (+0.0" in verdict["headline"]
     findings = "\n".join(verdict["findings"])
     assert "(95% interval over 3 paired seeds)" in findings
     assert "Rollout throughput: hybrid / full MLA is 1." in findings
+    assert "Final held-out pass rate" not in findings  # the last evaluation alone says less than these
+    for label in ("at the end", "on the way"):
+        assert f"Held-out pass rate {label}, hybrid less full MLA: +0.0" in findings
+    assert findings.count("with each doubling of the length; less what runs began with, ") == 2
     assert "Seeds for each architecture and length: 3 to 4." in findings
     missing = "\n".join(verdict["missing"])
     assert "1 of 20 runs unfinished" in missing
@@ -289,7 +295,8 @@ def test_one_pair_of_seeds_decides_no_pass_rate_and_one_architecture_has_no_verd
     assert alone["pair"] == ["0", "0"]
 
 
-def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave_open(sweep: Path) -> None:
+def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave_open(tmp_path: Path) -> None:
+    few = find_runs([write_sweep(tmp_path, steps=5)])  # evaluations, too few for a lead
     rates = {"hybrid": (0.45, 0.6, 0.6), "mla": (0.5, 0.5, 0.5)}  # the mean is higher, one seed is not
     rows = [
         {
@@ -305,7 +312,7 @@ def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave
         for architecture in rates
         for seed, rate in enumerate(rates[architecture])
     ]
-    verdict = judge(find_runs([sweep]), hybrid_to_mla(rows), crossings(rows), [])
+    verdict = judge(few, hybrid_to_mla(rows), crossings(rows), [])
     assert verdict.headline == (
         "The hybrid generates more slowly at 32 tokens, the longest measured; needs more cache at 32 tokens, "
         "the longest measured; cannot be told from full MLA in final held-out pass rate."
@@ -314,10 +321,37 @@ def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave
         row["cache_bytes_per_sequence"] = 500
     assert (
         "; equals full MLA in cache per sequence at 32 tokens; "
-        in judge(find_runs([sweep]), hybrid_to_mla(rows), crossings(rows), []).headline
+        in judge(few, hybrid_to_mla(rows), crossings(rows), []).headline
     )
     assert verdict.findings[0].endswith("the hybrid is not ahead at the longest of 16 to 32 tokens.")
     assert verdict.findings[2].endswith("; this leaves open who is ahead.")
+
+
+@pytest.mark.parametrize(
+    ("end", "way", "headline"),
+    [
+        (0.1, 0.1, "The hybrid ends with the higher pass rate at 32 tokens (+0.10 ± 0."),
+        (-0.1, 0.1, "The hybrid ends with the lower pass rate at 32 tokens (-0.10 ± 0."),
+        (0.0, 0.1, "The hybrid has the higher pass rate on the way at 32 tokens (+0.07 ± 0."),
+        (0.0, 0.0, "The hybrid cannot be told from full MLA in held-out pass rate at 32 tokens."),
+    ],
+)
+def test_the_headline_says_whether_a_lead_lasts(
+    tmp_path: Path, end: float, way: float, headline: str
+) -> None:
+    for architecture, seed in itertools.product(("hybrid", "mla"), range(3)):
+        ahead = architecture == "hybrid"
+        config = parse_config(
+            RunConfig, {"architecture": architecture, "seed": seed, "task": {"required_length": 32}}
+        )
+        with RunFolder.create(tmp_path / f"{architecture}-{seed}", config) as run:
+            for step in range(10):
+                lead = ahead * (way if step < 7 else end)
+                run.log_evaluation(
+                    step, {"pass_rate": 0.5 + 0.01 * seed + lead, "generated_tokens": step, "wall_s": step}
+                )
+    runs = find_runs([tmp_path])
+    assert judge(runs, [], [], []).headline.startswith(headline)
 
 
 def test_asymptotes_are_compared_at_every_length_that_both_architectures_are_fitted_at(
