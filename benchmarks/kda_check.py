@@ -268,13 +268,22 @@ def same_at_the_end(repeats: int, backward: bool) -> bool:
     whole.inputs["initial_state"] = last.inputs["initial_state"].repeat(2, 1, 1, 1)
     if not backward:
         with torch.no_grad():
-            return torch.equal(whole.ours()[0][:, -FAR_TOKENS:], last.ours()[0])
+            return alike(whole.ours()[0][:, -FAR_TOKENS:], last.ours()[0])
     o_grad = torch.randn_like(last.inputs["v"])
     whole_grad = torch.zeros_like(whole.inputs["v"])
     whole_grad[:, -FAR_TOKENS:] = o_grad
     gradients = slice(2, 2 + len(NAMES))
     pairs = zip(whole.results(whole_grad)[gradients], last.results(o_grad)[gradients], strict=True)
-    return all(torch.equal(x[:, -FAR_TOKENS:], y) for x, y in pairs)
+    return all(alike(x[:, -FAR_TOKENS:], y) for x, y in pairs)
+
+
+def alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether bits are equal; on a CPU, whose products may round differently in batches of other sizes,
+    whether numbers are, within two roundings of bfloat16.
+    """
+    if x.is_cuda:
+        return torch.equal(x, y)
+    return torch.allclose(x.float(), y.float(), rtol=2**-7, atol=2**-8 * float(y.abs().max()))
 
 
 def verdict(case: str, **facts: bool) -> dict[str, object]:

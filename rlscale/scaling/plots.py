@@ -301,7 +301,8 @@ def _leads(found: Sequence[Lead], over: Sequence[Trend]) -> Figure | None:
         title = f"held-out pass rate, {MEASURES[name].label}"
         if len(over) == 1:
             [trend] = over
-            title += f"\nall lengths: {trend.mean[name].text()}"
+            whose = f"{SHORT_NAMES[trend.architecture]}, " if len(hybrids) > 1 else ""
+            title += f"\n{whose}all lengths: {trend.mean[name].text()}"
         panel.set_title(title)
         style.length_axis(panel, [lead.cell.required_length for lead in found])
     reach = 1.1 * max(map(abs, edges))
