@@ -30,6 +30,7 @@ from rlscale.scaling.style import (
 HERE = Path(__file__).parent
 LOOKS = {
     "kda": Look("KDA", BLUE, "o", "-"),
+    "kda_even": Look("KDA, one decay a head at first", GREY, "v", (0, (1, 1.5))),
     "gated_deltanet": Look("Gated DeltaNet", GREEN, "^", (0, (6, 1, 1, 1))),
     "mla": Look("full MLA", VERMILLION, "s", (0, (4, 1.5))),
 }

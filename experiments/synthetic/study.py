@@ -27,6 +27,7 @@ from torch import nn
 from transformers import KimiLinearConfig
 
 from kimi_linear.config import gated_deltanet_twin, mla_twin, parameter_count, preset
+from kimi_linear.layers import KimiDeltaAttention
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.config import load_config
 from rlscale.errors import UserError
@@ -36,7 +37,7 @@ from rlscale.tasks.streams import IGNORED, STREAMS, Stream
 
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT_SEED = 2**40
-Architecture = Literal["kda", "gated_deltanet", "mla"]
+Architecture = Literal["kda", "kda_even", "gated_deltanet", "mla"]
 
 
 class StudyConfig(Section):
@@ -44,7 +45,7 @@ class StudyConfig(Section):
 
     architectures: list[Architecture] = Field(["kda", "gated_deltanet", "mla"], min_length=1)
     """What mixes tokens, in both layers. All have KDA's number of parameters within 1%, by the width of the
-    MLPs."""
+    MLPs. `kda_even` is KDA whose channels begin with one decay a head, as Gated DeltaNet's heads have."""
     tasks: dict[str, dict[str, int]] = Field({"palindrome": {}, "recall": {}, "stack": {}}, min_length=1)
     """Names of `rlscale.tasks.streams` with their options."""
     lengths: list[Annotated[int, Field(ge=6)]] = Field([256, 512, 1024, 2048], min_length=1)
@@ -126,7 +127,18 @@ def shape(config: StudyConfig, architecture: Architecture, vocabulary: int, leng
             "model_max_length": length,
         },
     )
-    return {"kda": kda, "gated_deltanet": gated_deltanet_twin(kda), "mla": mla_twin(kda)}[architecture]
+    if architecture == "gated_deltanet":
+        return gated_deltanet_twin(kda)
+    return mla_twin(kda) if architecture == "mla" else kda
+
+
+@torch.no_grad()
+def even_decays(model: KimiLinearForCausalLM) -> None:
+    """Gives all channels of a KDA head the time step that its first one began with."""
+    for layer in model.modules():
+        if isinstance(layer, KimiDeltaAttention):
+            heads = layer.dt_bias.view(layer.A_log.numel(), -1)
+            heads.copy_(heads[:, :1].clone().expand_as(heads))
 
 
 class Lane:
@@ -144,6 +156,8 @@ class Lane:
         architecture = shape(config, cell.architecture, self.stream.vocabulary, cell.length)
         self.parameters = parameter_count(architecture).total
         self.model = KimiLinearForCausalLM(architecture).to(device)
+        if cell.architecture == "kda_even":
+            even_decays(self.model)
         self.masters = list(self.model.parameters())
         if dtype != torch.float32:
             self.masters = [nn.Parameter(p.detach().clone()) for p in self.masters]

@@ -61,6 +61,23 @@ def train(config: Any, out: Path, deadline: float = float("inf")) -> list[dict[s
     return study.read(out)
 
 
+def test_even_decays_differ_between_heads_alone(tmp_path: Path) -> None:
+    lanes = {
+        name: study.Lane(
+            tiny(), study.Cell("palindrome", 8, name, 1e-2, 3), CPU, torch.float32, tmp_path / "unfinished"
+        )
+        for name in ("kda", "kda_even")
+    }
+    drawn, even = (dict(lane.model.named_parameters()) for lane in lanes.values())
+    for name, ours in even.items():
+        if name.endswith("dt_bias"):
+            heads = drawn[name].view(2, -1)
+            assert torch.equal(ours.view(2, -1), heads[:, :1].expand_as(heads))
+            assert ours.unique().numel() == 2 < drawn[name].unique().numel()
+        else:
+            assert torch.equal(ours, drawn[name])
+
+
 def test_every_cell_leaves_a_record_and_is_not_run_again(tmp_path: Path) -> None:
     config = tiny(lanes=2)
     records = train(config, tmp_path / "out.jsonl")
