@@ -240,8 +240,7 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
     cells = {r: Cell(r.required_length, r.budget) for r in ratios}
     budgets = sorted({cell.budget_ratio for cell in cells.values()})
     hybrids = list(dict.fromkeys(r.architecture for r in ratios))
-    # A single hybrid needs no name: the axis says what is compared.
-    looks = {a: ARCHITECTURES[a] for a in hybrids} if len(hybrids) > 1 else {hybrids[0]: Look("", "black")}
+    looks = _hybrid_looks(hybrids)
     for panel, (quantity, title) in zip(panels, titles.items(), strict=True):
         panel.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
         edges = [1.0]
@@ -262,12 +261,7 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
         _ratio_axis(panel, edges)
         style.length_axis(panel, [r.required_length for r in ratios if r.quantity == quantity])
     panels[0].set_ylabel("hybrid / full MLA")
-    handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
-        for look in looks.values()
-        if look.label
-    ]
-    handles += budget_handles(Look("", "black"), budgets)
+    handles = _hybrid_handles(looks, budgets)
     if any(r.low is not None for r in ratios):
         handles.append(Line2D([], [], color="black", lw=1, label="95% paired bootstrap interval over seeds"))
     if handles:
@@ -283,7 +277,7 @@ def _leads(found: Sequence[Lead], over: Sequence[Trend]) -> Figure | None:
     figure, [panels] = style.new_figure(1, len(shown))
     budgets = sorted({lead.cell.budget_ratio for lead in found})
     hybrids = list(dict.fromkeys(lead.architecture for lead in found))
-    looks = {a: ARCHITECTURES[a] for a in hybrids} if len(hybrids) > 1 else {hybrids[0]: Look("", "black")}
+    looks = _hybrid_looks(hybrids)
     edges = [0.05, -0.05]
     for panel, name in zip(panels, shown, strict=True):
         panel.axhline(0, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
@@ -310,15 +304,22 @@ def _leads(found: Sequence[Lead], over: Sequence[Trend]) -> Figure | None:
         panel.set_ylim(-reach, reach)
         panel.tick_params(labelleft=panel is panels[0])
     panels[0].set_ylabel("hybrid less full MLA")
-    handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, label=look.label)
-        for look in looks.values()
-        if look.label
-    ]
-    handles += budget_handles(Look("", "black"), budgets)
+    handles = _hybrid_handles(looks, budgets)
     handles.append(Line2D([], [], color="black", lw=1, label="95% interval over seeds"))
     place_legend(figure, handles)
     return figure
+
+
+def _hybrid_looks(hybrids: Sequence[str]) -> dict[str, Look]:
+    """A single hybrid needs no name: the axis says what is compared."""
+    return {a: ARCHITECTURES[a] for a in hybrids} if len(hybrids) > 1 else {hybrids[0]: Look("", "black")}
+
+
+def _hybrid_handles(looks: dict[str, Look], budgets: Sequence[float]) -> list[Line2D]:
+    """Of the hybrids that have a name, and of budgets where there are several."""
+    named = [look for look in looks.values() if look.label]
+    handles = [Line2D([], [], color=look.colour, marker=look.marker, label=look.label) for look in named]
+    return handles + budget_handles(Look("", "black"), budgets)
 
 
 def _diagnostics(cells: Cells) -> Figure | None:
