@@ -35,10 +35,7 @@ def keep(runs: Path, out: Path) -> None:
         for name in (CONFIG, WARM_START):
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, folder / name)
-        status = json.loads((run.path / STATUS).read_text())
-        if status["state"] == "running":
-            status["state"] = "stopped"
-        write_json(folder / STATUS, status)
+        write_json(folder / STATUS, run.status | ({"state": "stopped"} if run.state == "running" else {}))
         samples = read_samples(run.path)
         ends = {samples[0]["step"], samples[-1]["step"]}
         for name, records in (

@@ -507,7 +507,7 @@ def draw(folders: list[Path], output: Path, summary: Path) -> None:
     if ratios := hybrid_to_mla(rows):
         console.print(ratio_table(ratios))
     if found := leads(runs):
-        console.print(lead_table(found, trends(runs)))
+        console.print(lead_table(found, trends(found)))
     for missing in unrecorded(runs):
         console.print(missing, highlight=False)
     console.print(f"{len(figures)} figures in {output}, the table in {summary}", highlight=False)

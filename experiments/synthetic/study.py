@@ -127,9 +127,8 @@ def shape(config: StudyConfig, architecture: Architecture, vocabulary: int, leng
             "model_max_length": length,
         },
     )
-    if architecture == "gated_deltanet":
-        return gated_deltanet_twin(kda)
-    return mla_twin(kda) if architecture == "mla" else kda
+    twins = {"gated_deltanet": gated_deltanet_twin(kda), "mla": mla_twin(kda)}
+    return twins.get(architecture, kda)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ runs of the same seed share nothing that training does not soon forget, so seeds
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -92,14 +92,20 @@ class Lead:
     """Of one hybrid in one cell, by `MEASURES`, up to the last step at which all its runs were evaluated.
 
     Attributes:
-        seeds: of the hybrid and of full MLA.
+        rates: the hybrid's and full MLA's.
     """
 
     architecture: str
     cell: Cell
     step: int
-    seeds: tuple[int, int]
     by: dict[str, Difference]
+    rates: tuple[Rates, Rates] = field(repr=False, compare=False)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Of the hybrid and of full MLA."""
+        ours, full = self.rates
+        return len(ours), len(full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,36 +162,37 @@ def rates_by_cell(runs: Sequence[RunRecord]) -> dict[Cell, tuple[int, dict[str, 
 def leads(runs: Sequence[RunRecord]) -> list[Lead]:
     """Of every hybrid and cell that full MLA has too, shortest first, as `rates_by_cell` compares runs."""
     return [
-        Lead(hybrid, cell, step, (len(ours), len(full)), _by_measure([(1.0, ours, full)]))
-        for hybrid, cell, step, ours, full in _pairs(runs)
+        Lead(hybrid, cell, step, _by_measure([(1.0, both)]), both)
+        for cell, (step, rates) in rates_by_cell(runs).items()
+        for hybrid in ARCHITECTURES
+        if hybrid != _FULL_MLA and {hybrid, _FULL_MLA} <= rates.keys()
+        for both in [(rates[hybrid], rates[_FULL_MLA])]
     ]
 
 
-def trends(runs: Sequence[RunRecord]) -> list[Trend]:
-    """Over the lengths of each hybrid and budget ratio, where there are two or more."""
+def trends(found: Sequence[Lead]) -> list[Trend]:
+    """What leads add up to over the lengths of each hybrid and budget ratio, where there are two or more."""
     series: dict[tuple[str, float], dict[int, tuple[Rates, Rates]]] = defaultdict(dict)
-    for hybrid, cell, _, ours, full in _pairs(runs):
-        if min(len(ours), len(full)) > 1:
-            series[hybrid, cell.budget_ratio][cell.required_length] = ours, full
-    found = []
+    for lead in found:
+        if min(lead.seeds) > 1:
+            series[lead.architecture, lead.cell.budget_ratio][lead.cell.required_length] = lead.rates
+    over = []
     for (hybrid, ratio), by_length in series.items():
         if len(by_length) < 2:
             continue
         doublings = np.log2(list(by_length))
         doublings -= doublings.mean()
         slope = doublings / (doublings**2).sum()
-        found.append(
+        over.append(
             Trend(
                 hybrid,
                 ratio,
                 tuple(by_length),
-                mean=_by_measure([(1 / len(by_length), *both) for both in by_length.values()]),
-                per_doubling=_by_measure(
-                    [(weight, *both) for weight, both in zip(slope, by_length.values(), strict=True)]
-                ),
+                mean=_by_measure([(1 / len(by_length), both) for both in by_length.values()]),
+                per_doubling=_by_measure(list(zip(slope, by_length.values(), strict=True))),
             )
         )
-    return found
+    return over
 
 
 def welch(terms: Sequence[tuple[float, np.ndarray]]) -> Difference:
@@ -206,7 +213,7 @@ def welch(terms: Sequence[tuple[float, np.ndarray]]) -> Difference:
     return Difference(value, float(student.ppf(0.975, freedom)) * total**0.5)
 
 
-def lead_records(runs: Sequence[RunRecord]) -> dict[str, list[dict[str, Any]]]:
+def lead_records(found: Sequence[Lead], over: Sequence[Trend]) -> dict[str, list[dict[str, Any]]]:
     """Leads and trends as JSON holds them, a difference as [value, low, high]."""
 
     def numbers(by: dict[str, Difference]) -> dict[str, list[float | None]]:
@@ -219,12 +226,12 @@ def lead_records(runs: Sequence[RunRecord]) -> dict[str, list[dict[str, Any]]]:
         "leads": [
             {"architecture": lead.architecture, **lead.cell._asdict(), "step": lead.step, "seeds": lead.seeds}
             | numbers(lead.by)
-            for lead in leads(runs)
+            for lead in found
         ],
         "trends": [
             {"architecture": t.architecture, "budget_ratio": t.budget_ratio, "lengths": t.lengths}
             | {"mean": numbers(t.mean), "per_doubling": numbers(t.per_doubling)}
-            for t in trends(runs)
+            for t in over
         ],
     }
 
@@ -274,26 +281,18 @@ def lead_table(found: Sequence[Lead], over: Sequence[Trend]) -> Table:
     return table
 
 
-def _pairs(runs: Sequence[RunRecord]) -> Iterator[tuple[str, Cell, int, Rates, Rates]]:
-    """Each hybrid and cell that full MLA has too: the last step compared, the hybrid's rates, full MLA's."""
-    for cell, (step, rates) in rates_by_cell(runs).items():
-        for hybrid in (name for name in ARCHITECTURES if name in rates and name != _FULL_MLA):
-            if _FULL_MLA in rates:
-                yield hybrid, cell, step, rates[hybrid], rates[_FULL_MLA]
-
-
 def _by_step(run: RunRecord) -> dict[int, float]:
     return {e["step"]: e["pass_rate"] for e in run.evaluations if e["pass_rate"] is not None}
 
 
-def _by_measure(terms: Sequence[tuple[float, Rates, Rates]]) -> dict[str, Difference]:
+def _by_measure(terms: Sequence[tuple[float, tuple[Rates, Rates]]]) -> dict[str, Difference]:
     """Sums over cells of a weight times the hybrid's lead, from the hybrid's and full MLA's rates."""
     return {
         name: welch(
             [
                 (sign * weight, measure.of(rates))
-                for weight, ours, full in terms
-                for sign, rates in ((1, ours), (-1, full))
+                for weight, both in terms
+                for sign, rates in zip((1, -1), both, strict=True)
             ]
         )
         for name, measure in MEASURES.items()

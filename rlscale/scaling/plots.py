@@ -32,7 +32,7 @@ from rlscale.scaling import style
 from rlscale.scaling.crossing import crossings
 from rlscale.scaling.curve_plots import asymptotes, crossing_lengths, scaling_curves
 from rlscale.scaling.curves import FittedCurve, fit_axes, fit_records
-from rlscale.scaling.leads import MEASURES, Lead, Trend, lead_records, leads, trends
+from rlscale.scaling.leads import MEASURES, Lead, lead_records, leads, trends
 from rlscale.scaling.panels import (
     CLAIM_LINES,
     architectures_of,
@@ -84,6 +84,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
     runs = find_runs(folders)
     require_comparable(runs)
     curves = fit_axes(by_cell(runs))
+    found = leads(runs)
     with style.style():
         drawn = figures(runs, curves)
         if not drawn:
@@ -95,7 +96,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> list[Path]:
                 {
                     "curves": [record for axis in curves.values() for record in fit_records(axis)],
                     "crossings": [crossing.record() for crossing in crossings(summarise(runs))],
-                    **lead_records(runs),
+                    **lead_records(found, trends(found)),
                 },
             )
             return [path for name, figure in drawn.items() for path in style.save(figure, out, name)]
@@ -128,7 +129,7 @@ def figures(runs: Sequence[RunRecord], fitted: dict[str, list[FittedCurve]]) -> 
         ),
         "ratio": _ratios(hybrid_to_mla(rows)),
         "crossing": crossing_lengths(crossings(rows)),
-        "lead": _leads(leads(runs), trends(runs)),
+        "lead": _leads(leads(runs)),
         "diagnostics": _diagnostics(cells),
         "step_time": _step_times(cells),
     }
@@ -269,11 +270,11 @@ def _ratios(ratios: list[Ratio]) -> Figure | None:
     return figure
 
 
-def _leads(found: Sequence[Lead], over: Sequence[Trend]) -> Figure | None:
+def _leads(found: Sequence[Lead]) -> Figure | None:
     """Each hybrid's lead in held-out pass rate against length, at the end and on the way, with 0 marked."""
     if not found:
         return None
-    shown = ("end", "mean")
+    shown, over = ("end", "mean"), trends(found)
     figure, [panels] = style.new_figure(1, len(shown))
     budgets = sorted({lead.cell.budget_ratio for lead in found})
     hybrids = list(dict.fromkeys(lead.architecture for lead in found))

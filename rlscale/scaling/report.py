@@ -58,11 +58,11 @@ def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     cells = by_cell(runs)
     rows = summarise(runs)
     ratios, crossed = hybrid_to_mla(rows), crossings(rows)
-    curves = fit_axes(cells)
+    curves, found = fit_axes(cells), leads(runs)
     figures = [
         draw.pass_rates(cells, curves),
         draw.crossing(crossed),
-        draw.lead_figure(leads(runs)),
+        draw.lead_figure(found),
         draw.ratio_figure(ratios),
         draw.against_length(
             *("throughput", "Rollout throughput", "rollout_tokens_per_s", "tokens per second"),
@@ -93,7 +93,7 @@ def report_data(folders: Sequence[Path]) -> dict[str, Any]:
     return {
         "title": ", ".join(folder.resolve().name for folder in folders),
         "state": f"{runs[0].config.task.name}, {len(runs)} runs: {states}. Made {made}.",
-        "verdict": asdict(judge(runs, ratios, crossed, curves["generated_tokens"])),
+        "verdict": asdict(judge(runs, ratios, crossed, curves["generated_tokens"], found)),
         "figures": [asdict(figure) for figure in figures if figure is not None],
         "runs": shown,
         "common": common,

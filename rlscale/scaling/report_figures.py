@@ -210,13 +210,10 @@ def ratio_figure(ratios: Sequence[Ratio]) -> ReportFigure | None:
                 for r in its
             ]
             rows += bars
-            # A single hybrid needs no name: the axis says what is compared.
-            line = _line(hybrid, [r.required_length for r in its], [r.ratio for r in its])
-            line |= {"error_y": _errors(bars), "showlegend": len(hybrids) > 1}
-            line["text"] = [f"{r.seeds} paired seeds, budget {r.budget}" for r in its]
-            if len({r.budget for r in its}) < len(its):
-                line["mode"] = "markers"
-            lines.append(line)
+            text = [f"{r.seeds} paired seeds, budget {r.budget}" for r in its]
+            joined = len({r.budget for r in its}) == len(its)
+            lengths = [r.required_length for r in its]
+            lines.append(_with_bars(hybrid, len(hybrids) > 1, lengths, bars, text, joined))
         ends = [1.25, 0.8, *(value for row in rows for value in row)]
         lengths = [r.required_length for r in mine]
         layout = _length_layout("hybrid / full MLA", lengths, _log_axis(ends))
@@ -253,18 +250,14 @@ def lead_figure(found: Sequence[Lead]) -> ReportFigure | None:
         for hybrid in hybrids:
             its = [lead for lead in found if lead.architecture == hybrid]
             differences = [(d.value, d.half or 0.0) for d in (lead.by[name] for lead in its)]
-            line = _line(
-                hybrid, [lead.cell.required_length for lead in its], [value for value, _ in differences]
-            )
-            line["error_y"] = _errors([(value, value - half, value + half) for value, half in differences])
-            line["showlegend"] = len(hybrids) > 1  # of a single hybrid the axis says what is compared
-            line["text"] = [
+            bars = [(value, value - half, value + half) for value, half in differences]
+            text = [
                 f"{'+'.join(map(str, lead.seeds))} seeds, up to step {lead.step}, budget {lead.cell.budget}"
                 for lead in its
             ]
-            if len({lead.cell.required_length for lead in its}) < len(its):
-                line["mode"] = "markers"
-            lines.append(line)
+            lengths = [lead.cell.required_length for lead in its]
+            joined = len(set(lengths)) == len(its)
+            lines.append(_with_bars(hybrid, len(hybrids) > 1, lengths, bars, text, joined))
         lengths = [lead.cell.required_length for lead in found]
         layout = _length_layout("hybrid less full MLA", lengths, {"zeroline": True, "zerolinecolor": GREY})
         plots[str(i)] = {"data": lines, "layout": layout}
@@ -395,6 +388,21 @@ def _line(architecture: str, x: Iterable[float], y: Iterable[float]) -> dict[str
         "marker": {"color": look.colour, "symbol": _SYMBOLS[architecture], "size": 8},
         "line": {"color": look.colour, "dash": _DASHES[architecture], "width": 2},
     }
+
+
+def _with_bars(
+    hybrid: str,
+    named: bool,
+    lengths: Sequence[int],
+    bars: Sequence[tuple[float, float, float]],
+    text: Sequence[str],
+    joined: bool,
+) -> dict[str, Any]:
+    """A hybrid compared with full MLA: (value, low, high) at each length. A single hybrid needs no name,
+    because the axis says what is compared."""
+    line = _line(hybrid, lengths, [value for value, _, _ in bars])
+    line |= {"error_y": _errors(bars), "showlegend": named, "text": list(text)}
+    return line if joined else line | {"mode": "markers"}
 
 
 def _plain(x: Sequence[float], y: Sequence[float], name: str, dash: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rlscale.runs import RunRecord
 from rlscale.scaling.crossing import COMPARED, Crossing
 from rlscale.scaling.curves import FittedCurve
 from rlscale.scaling.fit import SigmoidFit
-from rlscale.scaling.leads import MEASURES, Difference, Lead, Trend, leads, trends
+from rlscale.scaling.leads import MEASURES, Difference, Lead, Trend, trends
 from rlscale.scaling.series import Cell
 from rlscale.scaling.style import ARCHITECTURES, SHORT_NAMES
 from rlscale.scaling.summary import Ratio
@@ -53,15 +53,17 @@ def judge(
     ratios: Sequence[Ratio],
     crossings: Sequence[Crossing],
     curves: Sequence[FittedCurve],
+    found: Sequence[Lead],
 ) -> Verdict:
     """Puts the comparison into words.
 
     Args:
         ratios, crossings: of the finished runs' summaries.
         curves: fitted, all against one compute axis.
+        found: leads in held-out pass rate, of unfinished runs too.
     """
     findings, headlines = [], []
-    found, over = leads(runs), trends(runs)
+    over = trends(found)
     present = {ratio.architecture for ratio in ratios} | {lead.architecture for lead in found}
     for hybrid in (name for name in SUBJECTS if name in present):
         its = [ratio for ratio in ratios if ratio.architecture == hybrid]

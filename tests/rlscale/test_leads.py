@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_a_lead_that_grows_with_the_length_is_found_with_its_growth(tmp_path: Pa
         share = (3 + i) / (5 + i)  # of evaluations after the start
         wanted = {"end": true, "mean": share * true, "end_gained": true, "mean_gained": share * true}
         assert {name: d.value for name, d in lead.by.items()} == pytest.approx(wanted, abs=0.015)
-    (trend,) = trends(runs)
+    (trend,) = trends(found)
     assert trend.lengths == (16, 32, 64, 128)
     for by, true in ((trend.mean, 0.11), (trend.per_doubling, 0.04)):
         assert by["end"].decided
@@ -142,12 +143,12 @@ def test_runs_are_compared_at_the_steps_that_all_of_them_reached(tmp_path: Path)
     assert rates["mla"] == pytest.approx(np.array([rising[:6], [0.0] * 6]))
     (lead,) = leads(runs)
     assert (lead.seeds, lead.by["end"].value) == ((2, 2), pytest.approx(0.2))
-    assert trends(runs) == []
+    assert trends(leads(runs)) == []
 
 
 def test_records_are_json_and_name_both_ends_of_an_interval(tmp_path: Path) -> None:
     runs = find_runs([write_sweep(tmp_path, seeds=(0, 1, 2))])
-    records = lead_records(runs)
+    records = lead_records(leads(runs), trends(leads(runs)))
     assert [record["required_length"] for record in records["leads"]] == [32, 64, 128]
     for record, lead in zip(records["leads"], leads(runs), strict=True):
         for name in MEASURES:
@@ -157,14 +158,14 @@ def test_records_are_json_and_name_both_ends_of_an_interval(tmp_path: Path) -> N
     (trend,) = records["trends"]
     assert list(trend["per_doubling"]) == list(MEASURES)
     single = find_runs([write_sweep(tmp_path / "single", seeds=(0,))])
-    assert lead_records(single)["leads"][0]["end"][1:] == [None, None]
+    assert lead_records(leads(single), [])["leads"][0]["end"][1:] == [None, None]
 
 
 @pytest.mark.parametrize("hybrids", [("hybrid",), ("hybrid", "hybrid_7to1")])
 def test_the_table_fits_80_columns(tmp_path: Path, hybrids: tuple[str, ...]) -> None:
     runs = find_runs([write_sweep(tmp_path, (*hybrids, "mla"), seeds=(0, 1, 2))])
     console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
-    console.print(lead_table(leads(runs), trends(runs)))
+    console.print(lead_table(leads(runs), trends(leads(runs))))
     text = console.export_text()
     assert "…" not in text
     assert text.count("slope") == len(hybrids) + 1
@@ -179,21 +180,31 @@ def test_budgets_of_one_length_are_lines_of_their_own(tmp_path: Path) -> None:
             write_rates(tmp_path, architecture, length, seed, rates, budget=budget * length // 16)
     runs = find_runs([tmp_path])
     assert [lead.cell.budget for lead in leads(runs)] == [17, 33, 34, 66]
-    assert [trend.lengths for trend in trends(runs)] == [(16, 32)] * len(trends(runs))
+    assert [trend.lengths for trend in trends(leads(runs))] == [(16, 32)] * len(trends(leads(runs)))
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
-    console.print(lead_table(leads(runs), trends(runs)))
+    console.print(lead_table(leads(runs), trends(leads(runs))))
     assert "budget" in console.export_text()
 
 
 def test_the_committed_runs_give_the_readmes_leads() -> None:
     readme = " ".join((STUDY / "README.md").read_text().split())
     runs = find_runs([STUDY / "results"])
-    (trend,) = trends(runs)
+    (trend,) = trends(leads(runs))
     for name in MEASURES:
         assert f"| {trend.mean[name].text()} | {trend.per_doubling[name].text(3)} |" in readme
     for lead in leads(runs):
         assert lead.by["end"].text() in readme
         assert lead.by["mean"].text() in readme
+
+
+def test_the_committed_runs_of_all_ratios_give_the_readmes_line(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(STUDY / "gains.py"))["main"](
+        [STUDY / "results", STUDY.parent / "hybrid_ratio" / "results"]
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "all hybrids" in line]
+    assert len(lines) == len(MEASURES)
+    row = " | ".join(line.rpartition("full MLA's ")[2] for line in lines)
+    assert f"all ratios of KDA to MLA layers, nine runs | {row} |" in (STUDY / "README.md").read_text()
 
 
 def test_a_run_that_has_only_begun_does_not_take_a_cells_lead_away(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from rlscale.errors import UserError
 from rlscale.runs import RunFolder, find_runs
 from rlscale.scaling import live
 from rlscale.scaling.crossing import crossings
+from rlscale.scaling.leads import leads
 from rlscale.scaling.report import page, report_data, write_report
 from rlscale.scaling.summary import hybrid_to_mla
 from rlscale.scaling.verdict import judge, unrecorded
@@ -312,7 +313,7 @@ def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave
         for architecture in rates
         for seed, rate in enumerate(rates[architecture])
     ]
-    verdict = judge(few, hybrid_to_mla(rows), crossings(rows), [])
+    verdict = judge(few, hybrid_to_mla(rows), crossings(rows), [], leads(few))
     assert verdict.headline == (
         "The hybrid generates more slowly at 32 tokens, the longest measured; needs more cache at 32 tokens, "
         "the longest measured; cannot be told from full MLA in final held-out pass rate."
@@ -321,7 +322,7 @@ def test_the_verdict_says_who_is_behind_and_calls_nothing_ahead_that_seeds_leave
         row["cache_bytes_per_sequence"] = 500
     assert (
         "; equals full MLA in cache per sequence at 32 tokens; "
-        in judge(few, hybrid_to_mla(rows), crossings(rows), []).headline
+        in judge(few, hybrid_to_mla(rows), crossings(rows), [], leads(few)).headline
     )
     assert verdict.findings[0].endswith("the hybrid is not ahead at the longest of 16 to 32 tokens.")
     assert verdict.findings[2].endswith("; this leaves open who is ahead.")
@@ -351,7 +352,7 @@ def test_the_headline_says_whether_a_lead_lasts(
                     step, {"pass_rate": 0.5 + 0.01 * seed + lead, "generated_tokens": step, "wall_s": step}
                 )
     runs = find_runs([tmp_path])
-    assert judge(runs, [], [], []).headline.startswith(headline)
+    assert judge(runs, [], [], [], leads(runs)).headline.startswith(headline)
 
 
 def test_asymptotes_are_compared_at_every_length_that_both_architectures_are_fitted_at(
