@@ -116,7 +116,8 @@ def main(
                 Line2D([], [], color=look.colour, marker=look.marker, ls=look.line, label=look.label)
                 for look in (LOOKS[architecture] for architecture in present)
             ]
-            figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+            columns = len(handles) if len(tasks) > 1 else 1  # one panel is too narrow for a row
+            figure.legend(handles=handles, loc="outside upper center", ncols=columns)
             save(figure, folder, f"{name}_{kind}")
 
 
