@@ -19,15 +19,9 @@ def skip_settled_allocations(manager: KVCacheManager) -> None:
     The answer is vLLM's own: with prefix caching off, pages of latents and states are kept until a sequence
     ends, so there is nothing else to do. Managers of any other kind are left as they are.
     """
-    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
-
-    groups = manager.coordinator.single_type_managers
-    if manager.enable_caching or not all(
-        type(group) is FullAttentionManager
-        or (type(group) is MambaManager and group.mamba_cache_mode == "none")
-        for group in groups
-    ):
+    if not keeps_pages(manager):
         return
+    groups = manager.coordinator.single_type_managers
     allocate, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
     pages = [(group.req_to_blocks, group.block_size) for group in groups]
 
@@ -39,3 +33,14 @@ def skip_settled_allocations(manager: KVCacheManager) -> None:
         return allocate(request, num_new_tokens, *others, **options)
 
     manager.allocate_slots = allocate_slots
+
+
+def keeps_pages(manager: KVCacheManager) -> bool:
+    """Whether a running sequence's pages are latents or one state, and nobody else's, until it ends."""
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
+
+    return not manager.enable_caching and all(
+        type(group) is FullAttentionManager
+        or (type(group) is MambaManager and group.mamba_cache_mode == "none")
+        for group in manager.coordinator.single_type_managers
+    )

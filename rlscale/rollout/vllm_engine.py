@@ -35,6 +35,7 @@ from rlscale.rollout.engine import (
     completion_seed,
     stop_token_ids,
 )
+from rlscale.rollout.scheduling import PlainDecoding
 from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest, Sampling
 from rlscale.weights.base import account_for
 from rlscale.weights.digests import Digests, differences, digests
@@ -288,6 +289,7 @@ class VLLMEngine(RolloutEngine):
             tensor_parallel_size=tensor_parallel_size,
             attention_backend=attention_backend,
         )
+        self._decoding = PlainDecoding(self._engine)
         if tensor_parallel_size > 1:
             executor = self._engine.engine_core.engine_core.model_executor
             executor.register_failure_callback(_die_with_a_rank)
@@ -353,6 +355,7 @@ class VLLMEngine(RolloutEngine):
 
     def _drawn_tokens(self, names: Iterable[str]) -> int:
         """Of unfinished requests. vLLM has one of its own for each sample, and collects what these end as."""
+        self._decoding.settle()
         processor = self._engine.output_processor
         states = [
             processor.request_states[own]
@@ -386,6 +389,7 @@ class VLLMEngine(RolloutEngine):
     def _replace(self, call: Callable[[Any, Any], list[Exception]], source: Any, version: int) -> None:
         self.check_in_flight(self._in_flight)
         self._finish_steps()
+        self._decoding.settle()
         with self._dying_with_ranks():
             answers = self._engine.collective_rpc(call, args=(source,))
         for errors in answers:

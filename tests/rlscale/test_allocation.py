@@ -42,6 +42,8 @@ def test_every_answer_is_vllms_own_though_sequences_are_preempted(
         return ask(self, *args, **options)
 
     monkeypatch.setattr(KVCacheManager, "allocate_slots", asked)
+    # Which asks for no sequence that has its pages.
+    monkeypatch.setattr("rlscale.rollout.scheduling._has_plain_steps", lambda _: False)
     with closing(VLLMEngine(shape, torch.float32, CONTEXT, SEQUENCES, CACHE_GIB)) as engine:
         engine.load_weights(named_released_tensors(model), 0)
         scheduler = engine._engine.engine_core.engine_core.scheduler
