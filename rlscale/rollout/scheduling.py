@@ -157,8 +157,8 @@ class PlainDecoding:
                     and len(request._output_token_ids) + 1 < held.last
                 ):
                     row = drawn.req_id_to_index[name]
-                    token = tokens[row][0]
-                    if token not in held.stops:
+                    token = tokens[row][0] if tokens[row] else None
+                    if token is not None and token not in held.stops:
                         request.num_in_flight_tokens -= 1
                         request.num_output_placeholders -= self._overlaps
                         request.append_output_token_ids(token)
