@@ -26,7 +26,7 @@ def main(
     try:
         cells = rates_by_cell(find_runs(folders))
     except UserError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise SystemExit(f"error: {error}") from None
     for measure in MEASURES.values():
         print(measure.label)
         for cell, (_, rates) in cells.items():

@@ -13,7 +13,13 @@ must be among them. For both architectures:
 3. FOLDER/predictions.json is written: from these costs alone (and --costs, for what one GPU cannot tell), for
    every run to come;
 4. those runs are made: with the config's prompts (fixed work) and with as many for each GPU, in every mode,
-   those wanted most first.
+   those wanted most first;
+5. with --turns, 2 and 4 again, as often as it says: a machine that is slower for minutes then meets costs and
+   predicted runs alike. Costs are fitted to the short runs of all turns, and what was measured is the mean of
+   the turns.
+
+Without a GPU an engine and a learner have a core each in every layout, and one architecture follows the
+other, so that nothing idles beside what is measured.
 
 FOLDER/results.json has both, written again after every run; FOLDER/runs the runs' folders. A layout's engines
 and learners stay in memory until its last run. With --predict nothing runs: predictions for the same runs are
@@ -29,9 +35,9 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +73,9 @@ WARM_STEPS = 1
 """Of each run, whose workers have made their buffers and compiled their kernels in runs before."""
 CALIBRATION_STEPS = WARM_STEPS + 6
 """Of each short run: the host makes single steps up to a third slower, and of two that is not seen."""
+FEWER_STEPS = WARM_STEPS + 3
+"""Of those with other lengths than what is predicted: they tell an engine's costs apart, and a
+learner's operations on short sequences are cheaper than on long ones."""
 CLOCKS = "clocks.json"
 """In a run's folder: seconds, and those that engines had been busy for, at the end of steps 0, 1, 2, ..."""
 ENDLESS = 1_000_000  # steps of a run's config, which the clock ends
@@ -104,6 +113,10 @@ class Layout:
 
     def __str__(self) -> str:
         return "1" if self.shared else f"{self.engines}+{self.learners}"
+
+    def seat(self, on_gpus: bool) -> Layout:
+        """Where its workers are: on CPUs those that share a GPU are where those are that have one each."""
+        return self if on_gpus else Layout(self.engines, self.learners, shared=True)
 
     def place(self, config: RunConfig, on_gpus: bool) -> RunConfig:
         """`config` with these workers."""
@@ -229,10 +242,11 @@ def run(workers: Workers, order: Order) -> int:
 
 
 def start(
-    layout: Layout, base: RunConfig, index: int, folder: Path, visible: int, starting: Any
+    layout: Layout, base: RunConfig, architecture: Architecture, folder: Path, visible: int, starting: Any
 ) -> Workplace:
     """The process of an architecture's workers, on GPUs that differ between architectures where they can."""
-    config = layout.place(base.model_copy(update={"architecture": ARCHITECTURES[index]}), visible > 0)
+    config = layout.place(base.model_copy(update={"architecture": architecture}), visible > 0)
+    index = ARCHITECTURES.index(architecture)
     gpus = [(index + i) % visible for i in range(layout.gpus)] if visible else []
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     before = dict(os.environ)
@@ -244,7 +258,7 @@ def start(
     os.environ.clear()
     os.environ.update(before)
     theirs.close()
-    place = folder / f"{ARCHITECTURES[index]}_{layout}"
+    place = folder / f"{architecture}_{layout}"
     return Workplace(layout, config, frozenset(gpus or [0]), place, process, ours)
 
 
@@ -295,9 +309,16 @@ def calibrations(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def calibration(workplace: Workplace, name: str, folder: str, steps: int) -> Order:
+def calibration(workplace: Workplace, name: str, folder: str, steps: int | None = None) -> Order:
     config = calibrations(workplace.config)[name]
+    if steps is None:
+        steps = CALIBRATION_STEPS if config.budget == workplace.config.budget else FEWER_STEPS
     return Order(config, workplace.folder / folder, steps, steps, float("inf"))
+
+
+def in_turn(name: str, turn: int) -> str:
+    """A run's folder."""
+    return f"{name}_turn{turn}" if turn else name
 
 
 @dataclass(slots=True)
@@ -310,20 +331,28 @@ class Case:
     prompts: int
     config: RunConfig
     predicted: dict[str, Any] | None = None
-    measured: dict[str, Any] | None = None
+    turns: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def measured(self) -> dict[str, Any] | None:
+        """The mean of the turns."""
+        if not self.turns:
+            return None
+        return {key: sum(turn[key] for turn in self.turns) / len(self.turns) for key in self.turns[0]}
 
     @property
     def name(self) -> str:
         return f"{self.mode.kind}_{self.prompts}"
 
-    def order(self, workplace: Workplace, steps: int, seconds: float) -> Order:
+    def order(self, workplace: Workplace, steps: int, seconds: float, turn: int) -> Order:
         warm = warm_steps(self.mode, WARM_STEPS)
-        return Order(self.config, workplace.folder / self.name, warm + steps, warm + min(2, steps), seconds)
+        folder = workplace.folder / in_turn(self.name, turn)
+        return Order(self.config, folder, warm + steps, warm + min(2, steps), seconds)
 
-    def outcome(self, workplace: Workplace) -> dict[str, Any]:
+    def outcome(self, workplace: Workplace, turn: int) -> dict[str, Any]:
         """Asynchronous engines draw between two steps as well, while the loop keeps its books: there a step
         lasts from the end of one to the end of the next, by whatever the loop spends its time on."""
-        record = read_run(workplace.folder / self.name)
+        record = read_run(workplace.folder / in_turn(self.name, turn))
         found = outcome(record, WARM_STEPS)
         if isinstance(self.mode, AsynchronousConfig):
             warm = warm_steps(self.mode, WARM_STEPS)
@@ -348,6 +377,8 @@ class Case:
             "predicted": self.predicted,
             "measured": self.measured,
         }
+        if len(self.turns) > 1:
+            record["turns"] = [turn["step_s"] for turn in self.turns]
         if self.predicted and self.measured:
             record["errors"] = {
                 name: self.predicted[name] / self.measured[name] - 1 for name in ("step_s", "tokens_per_s")
@@ -511,6 +542,114 @@ def device_of(name: str) -> Device:
     return find_device(known[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the command line asks for; `until` is on the monotonic clock."""
+
+    output: Path
+    layouts: Sequence[Layout]
+    costs: Sequence[Path]
+    turns: int
+    steps: int
+    seconds: float
+    until: float
+    visible: int
+
+
+def measure(
+    base: RunConfig,
+    architectures: Sequence[Architecture],
+    orders: Orders,
+    before: Sequence[Case],
+    costs_before: Sequence[dict[str, Any]],
+    log: Callable[[str], None],
+) -> tuple[list[Case], list[dict[str, Any]]]:
+    """Predicts and makes the runs of these architectures; returns those before and them, and all costs."""
+    output, visible = orders.output, orders.visible
+    pool, closing = predictors(), ThreadPoolExecutor()
+    starting = multiprocessing.get_context("spawn").Lock()
+    wanted_seats = dict.fromkeys(layout.seat(visible > 0) for layout in orders.layouts)
+    workplaces = [
+        start(seat, base, architecture, output / "runs", visible, starting)
+        for seat in wanted_seats
+        for architecture in architectures
+    ]
+    try:
+        devices = [name for each in workplaces if (name := each.answer())]
+        log(f"{len(devices)} of {len(workplaces)} sets of workers are up")
+        if not devices:
+            raise SystemExit("error: none could start")
+        ask_all(usable(workplaces), lambda each: calibration(each, "most", "warm", 1))
+        log("warm")
+        settings = {
+            "layouts": [str(each) for each in orders.layouts],
+            "turns": orders.turns,
+            "config": base.model_dump(mode="json"),
+        }
+        about = {"device": devices[0], "environment": environment(), "settings": settings}
+        shared = [each for each in workplaces if each.layout.shared]
+        seats = {(each.architecture, each.layout): each for each in workplaces}
+
+        def place(case: Case) -> Workplace:
+            return seats[case.config.architecture, case.layout.seat(visible > 0)]
+
+        for turn in range(orders.turns):
+            for group in side_by_side(shared):
+                for name in calibrations(base):
+                    folder = in_turn(name, turn)
+                    ask_all(group, lambda each, name=name, folder=folder: calibration(each, name, folder))
+                    log(f"costs: {folder}")
+            paths: dict[str, Sequence[Path]] = {
+                each.architecture: [
+                    each.folder / in_turn(name, earlier)
+                    for earlier in range(turn + 1)
+                    for name in calibrations(base)
+                ]
+                + list(orders.costs)
+                for each in usable(shared)
+            }
+            if not turn:
+                wanted = [
+                    case
+                    for case in cases(base, orders.layouts, visible > 0)
+                    if case.config.architecture in paths and not place(case).error
+                ]
+            found = [*costs_before, *predict(wanted, device_of(devices[0]), paths, pool)]
+            everything = [*before, *wanted]
+            if not turn:
+                write(output / "predictions.json", about, everything, found)
+                log("predictions.json is written")
+
+            lines = list(dict.fromkeys((case.layout, case.name) for case in wanted))
+            for place_in_line, (layout, name) in enumerate(lines, start=1):
+                ours = [case for case in wanted if (case.layout, case.name) == (layout, name)]
+                for group in side_by_side(list({id(place(case)): place(case) for case in ours}.values())):
+                    if time.monotonic() > orders.until:
+                        log(f"no time for {layout} {name}")
+                        continue
+                    due = {id(place(case)): case for case in ours if place(case) in group}
+                    ask_all(
+                        group,
+                        lambda each, due=due, turn=turn: due[id(each)].order(
+                            each, orders.steps, orders.seconds, turn
+                        ),
+                    )
+                    for each in usable(group):
+                        due[id(each)].turns.append(due[id(each)].outcome(each, turn))
+                    log(f"{layout} {in_turn(name, turn)}: {', '.join(each.architecture for each in group)}")
+                    write(output / "results.json", about, everything, found)
+                last = turn + 1 == orders.turns and visible
+                if last and layout.shared and all(other != layout for other, _ in lines[place_in_line:]):
+                    for each in shared:  # others can use what its engines and learner hold
+                        closing.submit(each.close)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        closing.shutdown()
+        with ThreadPoolExecutor(len(workplaces)) as threads:
+            list(threads.map(lambda each: each.close(), workplaces))
+    return everything, found
+
+
 def main(
     config_file: Annotated[Path, typer.Argument(metavar="CONFIG")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
@@ -528,6 +667,7 @@ def main(
         list[str] | None, typer.Option("--layout", help="1, or ENGINES+LEARNERS; repeat. Default: 1 and 1+1.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of each run, those apart that fill the engines.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, help="Of short runs and all others, one after the other.")] = 1,
     seconds: Annotated[float, typer.Option(help="After which a run ends early.")] = 20,
     limit: Annotated[float, typer.Option(help="Seconds after which no run begins.")] = 3600,
 ) -> None:
@@ -547,9 +687,9 @@ def main(
         if prediction is not None:
             wanted = cases(base, layouts, on_gpus=True)
             with predictors() as pool:
-                found = predict(wanted, find_device(gpu), dict.fromkeys(ARCHITECTURES, costs or []), pool)
+                rests = predict(wanted, find_device(gpu), dict.fromkeys(ARCHITECTURES, costs or []), pool)
             about = {"device": gpu, "settings": {"config": base.model_dump(mode="json")}}
-            write(prediction, about, wanted, found)
+            write(prediction, about, wanted, rests)
             Console(width=140).print(table(wanted))
             return
         visible = torch.cuda.device_count()
@@ -557,67 +697,14 @@ def main(
             raise UserError(f"a layout needs {most} GPUs and there are {visible}")
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    runs = output / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    pool, closing = predictors(), ThreadPoolExecutor()
-    every = [(each, i) for each in layouts for i in range(len(ARCHITECTURES))]
-    starting = multiprocessing.get_context("spawn").Lock()
-    workplaces = [start(each, base, i, runs, visible, starting) for each, i in every]
-    try:
-        devices = [name for each in workplaces if (name := each.answer())]
-        log(f"{len(devices)} of {len(workplaces)} sets of workers are up")
-        if not devices:
-            raise SystemExit("error: none could start")
-        ask_all(usable(workplaces), lambda each: calibration(each, "most", "warm", 1))
-        log("warm")
-        settings = {"layouts": [str(each) for each in layouts], "config": base.model_dump(mode="json")}
-        about = {"device": devices[0], "environment": environment(), "settings": settings}
-        device = device_of(devices[0])
-
-        shared = [each for each in workplaces if each.layout.shared]
-        for group in side_by_side(shared):
-            for name in calibrations(base):
-                ask_all(group, lambda each, name=name: calibration(each, name, name, CALIBRATION_STEPS))
-                log(f"costs: {name}")
-        places = {(each.architecture, each.layout): each for each in workplaces}
-        paths: dict[str, Sequence[Path]] = {
-            each.architecture: [each.folder / name for name in calibrations(base)] + (costs or [])
-            for each in usable(shared)
-        }
-        wanted = [
-            case
-            for case in cases(base, layouts, visible > 0)
-            if case.config.architecture in paths and not places[case.config.architecture, case.layout].error
-        ]
-        found = predict(wanted, device, paths, pool)
-        write(output / "predictions.json", about, wanted, found)
-        log("predictions.json is written")
-
-        orders = list(dict.fromkeys((case.layout, case.name) for case in wanted))
-        for place_in_line, (layout, name) in enumerate(orders, start=1):
-            for group in side_by_side([each for each in workplaces if each.layout == layout]):
-                if time.monotonic() - began > limit:
-                    log(f"no time for {layout} {name}")
-                    continue
-                due = {
-                    id(place): case
-                    for case in wanted
-                    if (place := places[case.config.architecture, case.layout]) in group and case.name == name
-                }
-                ask_all(group, lambda each, due=due: due[id(each)].order(each, steps, seconds))
-                for each in usable(group):
-                    due[id(each)].measured = due[id(each)].outcome(each)
-                log(f"{layout} {name}: {', '.join(each.architecture for each in group)}")
-                write(output / "results.json", about, wanted, found)
-            if layout.shared and all(other != layout for other, _ in orders[place_in_line:]):
-                for each in shared:  # others can use what its engines and learner hold
-                    closing.submit(each.close)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        closing.shutdown()
-        with ThreadPoolExecutor(len(workplaces)) as threads:
-            list(threads.map(Workplace.close, workplaces))
-    Console(width=140).print(table(wanted))
+    (output / "runs").mkdir(parents=True, exist_ok=True)
+    orders = Orders(output, layouts, costs or [], turns, steps, seconds, began + limit, visible)
+    everything: list[Case] = []
+    found: list[dict[str, Any]] = []
+    # Side by side where they need not share a device.
+    for architectures in [ARCHITECTURES] if visible else [(each,) for each in ARCHITECTURES]:
+        everything, found = measure(base, architectures, orders, everything, found, log)
+    Console(width=140).print(table(everything))
     log("done")
 
 

@@ -118,6 +118,74 @@ def test_workplaces_with_a_gpu_in_common_are_not_measured_at_the_same_time():
     assert next(iter(measure.side_by_side(every))) == [every[0]]
 
 
+class Idle:
+    """A workplace that runs nothing, and remembers what it was asked."""
+
+    def __init__(self, layout: Any, base: RunConfig, architecture: str, folder: Path) -> None:
+        self.layout, self.architecture, self.error = layout, architecture, ""
+        self.config = layout.place(base.model_copy(update={"architecture": architecture}), on_gpus=False)
+        self.gpus, self.folder = frozenset([0]), folder / f"{architecture}_{layout}"
+        self.asked: list[str] = []
+        self.closed = False
+
+    def ask(self, order: Any) -> None:
+        assert not self.closed
+        self.asked.append(order.folder.name)
+
+    def answer(self) -> str:
+        return "CPU"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_turns_of_costs_and_predicted_runs_follow_one_another_on_one_seat_of_one_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Idle] = []
+    rests: list[list[str]] = []
+
+    def start(layout: Any, base: RunConfig, architecture: str, folder: Path, *_: Any) -> Idle:
+        assert all(place.closed for place in places)
+        places.append(Idle(layout, base, architecture, folder))
+        return places[-1]
+
+    def predict(wanted: Any, _: Any, costs_of: Any, __: Any) -> list[dict[str, Any]]:
+        rests.extend([path.name for path in paths] for paths in costs_of.values())
+        for case in wanted:
+            case.predicted = {"step_s": 2.0, "tokens_per_s": 4.0, "tokens_per_s_per_gpu": 4.0}
+        return [{"architecture": architecture} for architecture in costs_of]
+
+    def outcome(case: Any, workplace: Any, turn: int) -> dict[str, Any]:
+        assert workplace.asked[-1] == measure.in_turn(case.name, turn)
+        return {"step_s": 1.0 + 2 * turn, "tokens_per_s": 5.0, "tokens_per_s_per_gpu": 5.0}
+
+    monkeypatch.setattr(measure, "start", start)
+    monkeypatch.setattr(measure, "predict", predict)
+    monkeypatch.setattr(measure, "predictors", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(measure.Case, "outcome", outcome)
+    monkeypatch.setattr(measure, "table", lambda _: "")
+    layouts = [measure.Layout.parse(name) for name in ("1", "1+1")]
+    orders = measure.Orders(tmp_path, layouts, [], 2, 4, 20.0, float("inf"), visible=0)
+    (tmp_path / "runs").mkdir()
+    cases: list[Any] = []
+    costs: list[dict[str, Any]] = []
+    for architecture in measure.ARCHITECTURES:
+        cases, costs = measure.measure(BASE, [architecture], orders, cases, costs, lambda _: None)
+    assert [place.architecture for place in places] == ["hybrid", "mla"]
+    short = list(measure.calibrations(BASE))
+    runs = [case.name for case in cases if case.config.architecture == "hybrid"]
+    later = [f"{name}_turn1" for name in (*short, *runs)]
+    assert places[0].asked == ["warm", *short, *runs, *later]
+    assert rests == 2 * [short, [*short, *later[: len(short)]]]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [case["architecture"] for case in found["cases"]] == 8 * ["hybrid"] + 8 * ["mla"]
+    assert {case["measured"]["step_s"] for case in found["cases"]} == {2.0}
+    assert {case["errors"]["tokens_per_s"] for case in found["cases"]} == {4 / 5 - 1}
+    assert all(case["turns"] == [1.0, 3.0] for case in found["cases"])
+    assert found["costs"] == [{"architecture": "hybrid"}, {"architecture": "mla"}]
+
+
 def test_weak_scaling_compares_each_gpu_with_one_alone_at_the_same_work():
     def record(gpus: int, work: str, each: float) -> dict[str, Any]:
         speed = {"tokens_per_s": each * gpus, "tokens_per_s_per_gpu": each}
