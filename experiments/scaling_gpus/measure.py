@@ -19,7 +19,7 @@ must be among them. For both architectures:
    the turns.
 
 Without a GPU an engine and a learner have a core each in every layout, and one architecture follows the
-other, so that nothing idles beside what is measured.
+other, so that nothing idles beside what is measured; each has a file of predictions.
 
 FOLDER/results.json has both, written again after every run; FOLDER/runs the runs' folders. A layout's engines
 and learners stay in memory until its last run. With --predict nothing runs: predictions for the same runs are
@@ -543,7 +543,7 @@ def device_of(name: str) -> Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class Study:
     """What the command line asks for; `until` is on the monotonic clock."""
 
     output: Path
@@ -559,16 +559,16 @@ class Orders:
 def measure(
     base: RunConfig,
     architectures: Sequence[Architecture],
-    orders: Orders,
+    study: Study,
     before: Sequence[Case],
     costs_before: Sequence[dict[str, Any]],
     log: Callable[[str], None],
 ) -> tuple[list[Case], list[dict[str, Any]]]:
     """Predicts and makes the runs of these architectures; returns those before and them, and all costs."""
-    output, visible = orders.output, orders.visible
+    output, visible = study.output, study.visible
     pool, closing = predictors(), ThreadPoolExecutor()
     starting = multiprocessing.get_context("spawn").Lock()
-    wanted_seats = dict.fromkeys(layout.seat(visible > 0) for layout in orders.layouts)
+    wanted_seats = dict.fromkeys(layout.seat(visible > 0) for layout in study.layouts)
     workplaces = [
         start(seat, base, architecture, output / "runs", visible, starting)
         for seat in wanted_seats
@@ -582,8 +582,8 @@ def measure(
         ask_all(usable(workplaces), lambda each: calibration(each, "most", "warm", 1))
         log("warm")
         settings = {
-            "layouts": [str(each) for each in orders.layouts],
-            "turns": orders.turns,
+            "layouts": [str(each) for each in study.layouts],
+            "turns": study.turns,
             "config": base.model_dump(mode="json"),
         }
         about = {"device": devices[0], "environment": environment(), "settings": settings}
@@ -593,7 +593,14 @@ def measure(
         def place(case: Case) -> Workplace:
             return seats[case.config.architecture, case.layout.seat(visible > 0)]
 
-        for turn in range(orders.turns):
+        wanted = [
+            case
+            for case in cases(base, study.layouts, visible > 0)
+            if case.config.architecture in architectures
+        ]
+        device, prefix = device_of(devices[0]), "" if visible else f"{architectures[0]}_"
+        rests: dict[str, dict[str, Any]] = {}
+        for turn in range(study.turns):
             for group in side_by_side(shared):
                 for name in calibrations(base):
                     folder = in_turn(name, turn)
@@ -605,40 +612,36 @@ def measure(
                     for earlier in range(turn + 1)
                     for name in calibrations(base)
                 ]
-                + list(orders.costs)
+                + list(study.costs)
                 for each in usable(shared)
             }
+            able = [case for case in wanted if case.config.architecture in paths and not place(case).error]
+            rests |= {each["architecture"]: each for each in predict(able, device, paths, pool)}
+            found = [*costs_before, *rests.values()]
+            everything = [*before, *(case for case in wanted if case.predicted)]
             if not turn:
-                wanted = [
-                    case
-                    for case in cases(base, orders.layouts, visible > 0)
-                    if case.config.architecture in paths and not place(case).error
-                ]
-            found = [*costs_before, *predict(wanted, device_of(devices[0]), paths, pool)]
-            everything = [*before, *wanted]
-            if not turn:
-                write(output / "predictions.json", about, everything, found)
-                log("predictions.json is written")
+                write(output / f"{prefix}predictions.json", about, able, list(rests.values()))
+                log(f"{prefix}predictions.json is written")
 
-            lines = list(dict.fromkeys((case.layout, case.name) for case in wanted))
+            lines = list(dict.fromkeys((case.layout, case.name) for case in able))
             for place_in_line, (layout, name) in enumerate(lines, start=1):
-                ours = [case for case in wanted if (case.layout, case.name) == (layout, name)]
+                ours = [case for case in able if (case.layout, case.name) == (layout, name)]
                 for group in side_by_side(list({id(place(case)): place(case) for case in ours}.values())):
-                    if time.monotonic() > orders.until:
+                    if time.monotonic() > study.until:
                         log(f"no time for {layout} {name}")
                         continue
                     due = {id(place(case)): case for case in ours if place(case) in group}
                     ask_all(
                         group,
                         lambda each, due=due, turn=turn: due[id(each)].order(
-                            each, orders.steps, orders.seconds, turn
+                            each, study.steps, study.seconds, turn
                         ),
                     )
                     for each in usable(group):
                         due[id(each)].turns.append(due[id(each)].outcome(each, turn))
                     log(f"{layout} {in_turn(name, turn)}: {', '.join(each.architecture for each in group)}")
                     write(output / "results.json", about, everything, found)
-                last = turn + 1 == orders.turns and visible
+                last = turn + 1 == study.turns and visible
                 if last and layout.shared and all(other != layout for other, _ in lines[place_in_line:]):
                     for each in shared:  # others can use what its engines and learner hold
                         closing.submit(each.close)
@@ -698,12 +701,12 @@ def main(
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     (output / "runs").mkdir(parents=True, exist_ok=True)
-    orders = Orders(output, layouts, costs or [], turns, steps, seconds, began + limit, visible)
+    study = Study(output, layouts, costs or [], turns, steps, seconds, began + limit, visible)
     everything: list[Case] = []
     found: list[dict[str, Any]] = []
     # Side by side where they need not share a device.
     for architectures in [ARCHITECTURES] if visible else [(each,) for each in ARCHITECTURES]:
-        everything, found = measure(base, architectures, orders, everything, found, log)
+        everything, found = measure(base, architectures, study, everything, found, log)
     Console(width=140).print(table(everything))
     log("done")
 

@@ -121,6 +121,8 @@ def test_workplaces_with_a_gpu_in_common_are_not_measured_at_the_same_time():
 class Idle:
     """A workplace that runs nothing, and remembers what it was asked."""
 
+    fails_at = ""
+
     def __init__(self, layout: Any, base: RunConfig, architecture: str, folder: Path) -> None:
         self.layout, self.architecture, self.error = layout, architecture, ""
         self.config = layout.place(base.model_copy(update={"architecture": architecture}), on_gpus=False)
@@ -130,7 +132,11 @@ class Idle:
 
     def ask(self, order: Any) -> None:
         assert not self.closed
+        if self.error:
+            return
         self.asked.append(order.folder.name)
+        if order.folder.name == self.fails_at:
+            self.error = "gone"
 
     def answer(self) -> str:
         return "CPU"
@@ -139,9 +145,9 @@ class Idle:
         self.closed = True
 
 
-def test_turns_of_costs_and_predicted_runs_follow_one_another_on_one_seat_of_one_architecture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Idle], list[list[str]]]:
+    """The workplaces that start, and the names of runs that predictions rest on."""
     places: list[Idle] = []
     rests: list[list[str]] = []
 
@@ -164,26 +170,55 @@ def test_turns_of_costs_and_predicted_runs_follow_one_another_on_one_seat_of_one
     monkeypatch.setattr(measure, "predict", predict)
     monkeypatch.setattr(measure, "predictors", lambda: ThreadPoolExecutor(1))
     monkeypatch.setattr(measure.Case, "outcome", outcome)
-    monkeypatch.setattr(measure, "table", lambda _: "")
+    return places, rests
+
+
+def two_turns(folder: Path) -> tuple[list[Any], dict[str, Any]]:
+    """Of both layouts, on CPUs: the cases, and what is written of them."""
     layouts = [measure.Layout.parse(name) for name in ("1", "1+1")]
-    orders = measure.Orders(tmp_path, layouts, [], 2, 4, 20.0, float("inf"), visible=0)
-    (tmp_path / "runs").mkdir()
+    study = measure.Study(folder, layouts, [], 2, 4, 20.0, float("inf"), visible=0)
+    (folder / "runs").mkdir()
     cases: list[Any] = []
     costs: list[dict[str, Any]] = []
     for architecture in measure.ARCHITECTURES:
-        cases, costs = measure.measure(BASE, [architecture], orders, cases, costs, lambda _: None)
+        cases, costs = measure.measure(BASE, [architecture], study, cases, costs, lambda _: None)
+    return cases, json.loads((folder / "results.json").read_text())
+
+
+def test_turns_of_costs_and_predicted_runs_follow_one_another_on_one_seat_of_one_architecture(
+    tmp_path: Path, nothing_runs: tuple[list[Idle], list[list[str]]]
+) -> None:
+    places, rests = nothing_runs
+    cases, found = two_turns(tmp_path)
     assert [place.architecture for place in places] == ["hybrid", "mla"]
     short = list(measure.calibrations(BASE))
     runs = [case.name for case in cases if case.config.architecture == "hybrid"]
     later = [f"{name}_turn1" for name in (*short, *runs)]
     assert places[0].asked == ["warm", *short, *runs, *later]
     assert rests == 2 * [short, [*short, *later[: len(short)]]]
-    found = json.loads((tmp_path / "results.json").read_text())
     assert [case["architecture"] for case in found["cases"]] == 8 * ["hybrid"] + 8 * ["mla"]
     assert {case["measured"]["step_s"] for case in found["cases"]} == {2.0}
     assert {case["errors"]["tokens_per_s"] for case in found["cases"]} == {4 / 5 - 1}
     assert all(case["turns"] == [1.0, 3.0] for case in found["cases"])
     assert found["costs"] == [{"architecture": "hybrid"}, {"architecture": "mla"}]
+    for architecture in measure.ARCHITECTURES:
+        before = json.loads((tmp_path / f"{architecture}_predictions.json").read_text())
+        assert {(case["architecture"], case["measured"]) for case in before["cases"]} == {
+            (architecture, None)
+        }
+
+
+def test_workers_that_fail_in_a_later_turn_leave_what_the_earlier_ones_measured(
+    tmp_path: Path,
+    nothing_runs: tuple[list[Idle], list[list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Idle, "fails_at", "many_turn1")
+    _, found = two_turns(tmp_path)
+    assert [case["architecture"] for case in found["cases"]] == 8 * ["hybrid"] + 8 * ["mla"]
+    assert {case["measured"]["step_s"] for case in found["cases"]} == {1.0}
+    assert found["costs"] == [{"architecture": "hybrid"}, {"architecture": "mla"}]
+    assert all(place.asked[-1] == "many_turn1" for place in nothing_runs[0])
 
 
 def test_weak_scaling_compares_each_gpu_with_one_alone_at_the_same_work():
