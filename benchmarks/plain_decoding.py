@@ -18,14 +18,17 @@ from typing import Any
 import torch
 
 from kimi_linear.checkpoint import named_released_tensors
-from kimi_linear.config import mla_twin, preset
-from kimi_linear.model import KimiLinearForCausalLM
+from rlscale.bench.cli import both_architectures
+from rlscale.bench.mismatch import PROMPT_TOKENS, random_policy, random_prompts, without_end
 from rlscale.bench.results import Results
+from rlscale.errors import UserError
 from rlscale.rollout.engine import group_requests
 from rlscale.rollout.vllm_engine import VLLMEngine
 from rlscale.types import Completion, Sampling
 
+ARCHITECTURES = ("hybrid", "mla")
 FORMS = ("vllm", "pages", "plain")
+LEAST_STEPS = 16  # below, none is left between those of prompts and those that end completions
 
 
 class Forms:
@@ -48,9 +51,8 @@ class Forms:
             del manager.allocate_slots
 
 
-def draw(engine: VLLMEngine, sequences: int, steps: int) -> tuple[float, list[list[Completion]]]:
+def draw(engine: VLLMEngine, prompts: list[list[int]], steps: int) -> tuple[float, list[list[Completion]]]:
     """Median seconds of a step in which all sequences draw a token, and what they drew."""
-    prompts = [[3 + (7 * i + j) % 90 for j in range(10)] for i in range(sequences)]
     engine.submit(group_requests(prompts, Sampling(max_tokens=steps, seed=0)))
     seconds, groups = [], []
     while engine.unfinished:
@@ -67,39 +69,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--architectures", nargs="+", default=["hybrid", "mla"])
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--sequences", type=int, nargs="+", default=[32, 128, 256])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--cache-gib", type=float, default=4.0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/plain_decoding.json"))
     chosen = parser.parse_args()
+    if chosen.steps < LEAST_STEPS:
+        raise UserError(f"--steps {chosen.steps}: take {LEAST_STEPS} or more")
+    shapes = both_architectures(chosen.preset, None)
     results = Results(chosen.output, {"preset": chosen.preset, "steps": chosen.steps, "turns": chosen.turns})
-    hybrid = preset(chosen.preset)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for architecture in chosen.architectures:
-        shape = hybrid if architecture == "hybrid" else mla_twin(hybrid)
-        torch.manual_seed(0)
-        model = KimiLinearForCausalLM(shape)
-        with torch.no_grad():
-            # Some other token's logit is always far above 0, so no completion ends before its budget.
-            model.lm_head.weight[shape.eos_token_id] = 0
-            model.lm_head.weight.mul_(100)
-        model = model.to(device, torch.bfloat16)
-        context = chosen.steps + 16
+        shape = without_end(shapes[architecture])
+        model = random_policy(shape, 0).to(device, torch.bfloat16)
+        context = PROMPT_TOKENS + chosen.steps
         with closing(
             VLLMEngine(shape, torch.bfloat16, context, max(chosen.sequences), chosen.cache_gib)
         ) as engine:
             engine.load_weights(named_released_tensors(model), 0)
             forms = Forms(engine)
             for sequences in chosen.sequences:
-                draw(engine, sequences, 32)
+                prompts = random_prompts(shape, sequences, seed=0)
+                draw(engine, prompts, LEAST_STEPS)
                 seconds: dict[str, list[float]] = {form: [] for form in FORMS}
                 drawn = {}
                 for _ in range(chosen.turns):
                     for form in FORMS:
                         forms.take(form)
-                        median, drawn[form] = draw(engine, sequences, chosen.steps)
+                        median, drawn[form] = draw(engine, prompts, chosen.steps)
                         seconds[form].append(median)
                 case = {
                     "architecture": architecture,
@@ -112,4 +111,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -13,10 +13,16 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
 from rlscale.rollout.allocation import keeps_pages
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -41,14 +47,10 @@ class PlainDecoding:
     """
 
     def __init__(self, engine: LLMEngine) -> None:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-        from vllm.v1.request import RequestStatus
-
         self._processor = engine.output_processor
         self._core: Any = engine.engine_core.engine_core
         self._scheduler: Any = self._core.scheduler
         self._overlaps = isinstance(self._scheduler, AsyncScheduler)
-        self._running = RequestStatus.RUNNING
         self._held: dict[str, _Held] = {}
         groups = self._scheduler.kv_cache_manager.coordinator.single_type_managers
         self._groups = len(groups)
@@ -65,9 +67,6 @@ class PlainDecoding:
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One token more for every running sequence; vLLM's own answer where there is more to do."""
-        from vllm.v1.core.sched.interface import PauseState
-        from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
-
         scheduler = self._scheduler
         running = scheduler.running
         waiting = scheduler.get_request_counts()[1] and len(running) < scheduler.max_num_running_reqs
@@ -151,7 +150,7 @@ class PlainDecoding:
                     held is not None
                     and request is not None
                     and count == 1
-                    and request.status == self._running
+                    and request.status == RequestStatus.RUNNING
                     and not request.num_stale_output_tokens
                     and request.prefill_stats is None  # it has not been read again
                     and len(request._output_token_ids) + 1 < held.last
@@ -195,9 +194,6 @@ class PlainDecoding:
 
 
 def _has_plain_steps(scheduler: Any) -> bool:
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     return (
         type(scheduler) in (Scheduler, AsyncScheduler)
         and keeps_pages(scheduler.kv_cache_manager)
@@ -213,8 +209,6 @@ def _has_plain_steps(scheduler: Any) -> bool:
 
 def _hold(request: Request, max_model_len: int) -> _Held | None:
     """None where vLLM has to see each token: an output is made of it, or more than its value may end it."""
-    from vllm.sampling_params import RequestOutputKind
-
     params: Any = request.sampling_params
     if (
         params is None

@@ -35,7 +35,6 @@ from rlscale.rollout.engine import (
     completion_seed,
     stop_token_ids,
 )
-from rlscale.rollout.scheduling import PlainDecoding
 from rlscale.types import Completion, FinishedGroup, FinishReason, GroupRequest, Sampling
 from rlscale.weights.base import account_for
 from rlscale.weights.digests import Digests, differences, digests
@@ -289,6 +288,8 @@ class VLLMEngine(RolloutEngine):
             tensor_parallel_size=tensor_parallel_size,
             attention_backend=attention_backend,
         )
+        from rlscale.rollout.scheduling import PlainDecoding  # which imports vLLM
+
         self._decoding = PlainDecoding(self._engine)
         if tensor_parallel_size > 1:
             executor = self._engine.engine_core.engine_core.model_executor

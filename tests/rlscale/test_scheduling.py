@@ -115,19 +115,16 @@ def done(value: Any) -> Future[Any]:
     return future
 
 
-@pytest.fixture(scope="module")
-def module_environment() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 @pytest.fixture(scope="module", params=["hybrid", "mla"])
-def engine(request: pytest.FixtureRequest, module_environment: pytest.MonkeyPatch) -> Iterator[VLLMEngine]:
-    # Random names would be forgotten in a random order, and their pages given out again in another.
-    module_environment.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+def engine(request: pytest.FixtureRequest) -> Iterator[VLLMEngine]:
     shape = HYBRID if request.param == "hybrid" else mla_twin(HYBRID)
-    with closing(VLLMEngine(shape, torch.float32, CONTEXT, PLACES, CACHE_GIB, in_flight="keep")) as engine:
-        yield engine
+    with pytest.MonkeyPatch.context() as patch:
+        # Random names would be forgotten in a random order, and their pages given out again in another.
+        patch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+        with closing(
+            VLLMEngine(shape, torch.float32, CONTEXT, PLACES, CACHE_GIB, in_flight="keep")
+        ) as engine:
+            yield engine
 
 
 def prepare(engine: VLLMEngine, kind: Kind, choose: Chosen, *, plain: bool) -> tuple[Answers, list[None]]:
