@@ -197,6 +197,30 @@ def test_the_committed_runs_give_the_readmes_leads() -> None:
         assert lead.by["mean"].text() in readme
 
 
+def test_the_committed_runs_made_again_give_the_readmes_lines() -> None:
+    readme = " ".join((STUDY / "README.md").read_text().split())
+    first, longer = STUDY / "results_4096_first", STUDY / "results_1024_longer"
+    for name, folders, length in (
+        ("4,096, the first six, 27", [first], 4096),
+        ("1,024, with full MLA's longer three, 36", [STUDY / "results", longer], 1024),
+    ):
+        (lead,) = (each for each in leads(find_runs(folders)) if each.cell.required_length == length)
+        assert f"| {name} | {' | '.join(lead.by[measure].text() for measure in MEASURES)} |" in readme
+        assert str(lead.step) == name.split()[-1]
+    twelve: dict[str, list[list[float]]] = {"hybrid": [], "mla": []}
+    for folder, last in ((STUDY / "results", 25), (first, 27)):
+        for run in find_runs([folder]):
+            if run.config.task.required_length == 4096:
+                rates = [e["pass_rate"] for e in run.evaluations if e["step"] <= last]
+                twelve[run.config.architecture].append(rates)
+    for evaluations, words in ((3, "ahead at that end"), (99, "on the way")):
+        ours, full = (
+            np.array([np.mean(rates[-evaluations:]) for rates in twelve[a]]) for a in ("hybrid", "mla")
+        )
+        assert len(ours) == len(full) == 6
+        assert f"{welch([(1, ours), (-1, full)]).text()} {words}" in readme
+
+
 def test_the_committed_runs_of_all_ratios_give_the_readmes_line(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(STUDY / "gains.py"))["main"](
         [STUDY / "results", STUDY.parent / "hybrid_ratio" / "results"]
