@@ -123,7 +123,10 @@ class EngineBench:
     """Times an engine that plants contexts, one case at a time."""
 
     def __init__(self, engine: Any, steps: int) -> None:
+        from rlscale.rollout.scheduling import PlainDecoding  # which imports vLLM
+
         self._engine = engine
+        self._decoding = PlainDecoding(engine)  # as the engines of runs
         self._steps = steps
         self._pool = CachePool(engine)
         self._scheduler = engine.engine_core.engine_core.scheduler
@@ -213,3 +216,4 @@ class EngineBench:
         self._engine.abort_request(names)
         while self._engine.has_unfinished_requests() or self._scheduler.running:
             self._engine.step()
+        self._decoding.settle()  # forgets them too

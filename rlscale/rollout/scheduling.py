@@ -21,6 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from rlscale.rollout.allocation import keeps_pages
+from rlscale.rollout.planted import PlantedContexts
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -126,6 +127,8 @@ class PlainDecoding:
             free_encoder_mm_hashes=[],
             new_block_ids_to_zero=scheduler._get_new_block_ids_to_zero(),
         )
+        if scheduler.connector is not None:
+            output.kv_connector_metadata = scheduler.connector.build_connector_meta(output)
         for request in requests:
             request.num_computed_tokens += 1
             request.num_in_flight_tokens += 1
@@ -203,7 +206,8 @@ def _has_plain_steps(scheduler: Any) -> bool:
         and not scheduler.use_pp
         and not scheduler.lora_config
         and not scheduler.log_stats
-        and scheduler.connector is scheduler.ec_connector is scheduler.aux_output_connector is None
+        and (scheduler.connector is None or isinstance(scheduler.connector, PlantedContexts))
+        and scheduler.ec_connector is scheduler.aux_output_connector is None
     )
 
 

@@ -34,16 +34,27 @@ def rlscale(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_rollouts_decode_behind_planted_contexts_and_prefill_for_real(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.llm_engine import LLMEngine
 
     asked = []
     add = LLMEngine.add_request
+    calls = {LLMEngine.step: 0, Scheduler.schedule: 0}
+
+    def counted(method: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls[method] += 1
+            return method(*arguments)
+
+        return call
 
     def noting(engine: LLMEngine, name: str, prompt: Any, how: Any) -> str:
         asked.append(how)
         return add(engine, name, prompt, how)
 
     monkeypatch.setattr(LLMEngine, "add_request", noting)
+    monkeypatch.setattr(LLMEngine, "step", counted(LLMEngine.step))
+    monkeypatch.setattr(Scheduler, "schedule", counted(Scheduler.schedule))
     workloads = [Workload(3000, 2), Workload(3000, None), Workload(3000, 90)]
     cache_gib = 0.05
     cases = list(bench_rollout({"hybrid": SHAPE}, workloads, [600], torch.float32, cache_gib, steps=4))
@@ -60,6 +71,9 @@ def test_rollouts_decode_behind_planted_contexts_and_prefill_for_real(
     assert (too_many["sequences"], too_many["step_ms"]) == (90, None)
     # A real prefill of 3000 tokens would take several times as long as one of 600.
     assert fixed["step_ms"] / 1e3 < prefill["prefill_s"] * 5
+    # As runs do, the engine schedules plain steps itself.
+    steps, by_vllm = calls.values()
+    assert by_vllm <= steps - 2 * (8 + 4)
     # As runs draw, but to the end of the budget.
     run = sampling_params(Sampling(max_tokens=28, seed=SEED), stops=[2])
     for how in asked:
