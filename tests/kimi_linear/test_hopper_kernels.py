@@ -142,7 +142,7 @@ else:
         def __getitem__(self, grid):  # type: ignore[no-untyped-def]
             def launch(*arguments, **constants):  # type: ignore[no-untyped-def]
                 scan_forward_kernel[grid](*arguments, **constants)
-                keys, queries, writes, decay, scales, _, _, scores, v, o, _, final, *_ = arguments
+                keys, queries, writes, decay, scales, _, _, scores, v, o, initial, final, *_ = arguments
                 starts, bounds, tokens, scale = arguments[-4:]
                 rounded = (x.bfloat16() for x in (keys, queries, writes))
                 own_o, own_final = (
@@ -150,7 +150,7 @@ else:
                     torch.full_like(final, float("nan")),
                 )
                 hopper.scan_hopper[(constants["V"] // SLICE, grid[1])](
-                    *rounded, decay, scales, scores.bfloat16(), v.bfloat16(), own_o, own_final,
+                    *rounded, decay, scales, scores.bfloat16(), v.bfloat16(), own_o, initial, own_final,
                     starts, bounds, tokens, scale, HV=constants["HV"], K=constants["K"], V=constants["V"],
                     VARLEN=constants["VARLEN"], DEPTH=STAGES,
                 )  # fmt: skip
@@ -158,8 +158,9 @@ else:
 
             return launch
 
+    @pytest.mark.parametrize("given", [False, True])
     @pytest.mark.parametrize(("bounds", "value_dim"), [([0, 200], 128), ([0, 1, 1, 70], 64)])
-    def test_both_scans_give_the_same_outputs_and_states(monkeypatch, bounds, value_dim) -> None:  # type: ignore[no-untyped-def]
+    def test_both_scans_give_the_same_outputs_and_states(monkeypatch, bounds, value_dim, given) -> None:  # type: ignore[no-untyped-def]
         scans = BothScans()
         monkeypatch.setattr(chunk, "scan_forward_kernel", scans)
         inputs = new_inputs(bounds[-1], 1, 64, activated=False)
@@ -167,6 +168,7 @@ else:
         with torch.no_grad():
             chunk.chunk_kda(
                 **inputs,
+                initial_state=torch.randn(len(bounds) - 1, 1, 64, value_dim) if given else None,
                 output_final_state=True,
                 use_qk_l2norm_in_kernel=True,
                 use_gate_in_kernel=True,
@@ -188,8 +190,8 @@ else:
         found = torch.full((1, 1, 64, 128), float("nan"))
         hopper.scan_hopper[(2, 1)](
             *(y.bfloat16() for y in (prepared.read_keys, prepared.queries, prepared.write_keys)),
-            prepared.decay, prepared.scales, prepared.attention.bfloat16(), x["v"].bfloat16(), None, found,
-            p.starts[1:], bounds[1:], p.tokens, p.scale, HV=1, K=64, V=64, VARLEN=True, DEPTH=STAGES,
+            prepared.decay, prepared.scales, prepared.attention.bfloat16(), x["v"].bfloat16(), None, None,
+            found, p.starts[1:], bounds[1:], p.tokens, p.scale, HV=1, K=64, V=64, VARLEN=True, DEPTH=STAGES,
             THROUGH=True,
         )  # fmt: skip
         free, through = found[0].split(64, dim=-1)

@@ -203,11 +203,10 @@ def scan_forward(
     deltas: torch.Tensor | None,
     delta_rest: torch.Tensor | None,
 ) -> None:
-    stateless = states is None and initial_state is None
-    if stateless and p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
+    if states is None and p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
         scan_hopper_kernel[(p.value_dim // SLICE, p.sequences * p.value_heads)](
             prepared.read_keys, prepared.queries, prepared.write_keys, prepared.decay, prepared.scales,
-            prepared.attention, v, o, final_state, p.starts, p.cu_seqlens, p.tokens, p.scale,
+            prepared.attention, v, o, initial_state, final_state, p.starts, p.cu_seqlens, p.tokens, p.scale,
             HV=p.value_heads, K=p.key_dim, V=p.value_dim, VARLEN=p.cu_seqlens is not None, DEPTH=STAGES,
             **HOPPER_OPTIONS,
         )  # fmt: skip

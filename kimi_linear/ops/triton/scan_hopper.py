@@ -1,9 +1,13 @@
-"""`scan_forward_kernel` for Hopper, in Gluon, where no state is given or kept for a backward pass.
+"""`scan_forward_kernel` for Hopper, in Gluon, where no state is kept for a backward pass.
 
 The state stands transposed, [value channel, key channel], so that it and the error are first operands of
 their products, which a warpgroup takes from registers: along the chain of chunks nothing passes through
 shared memory and nothing waits but for the products themselves. Products that no later chunk needs run behind
 those that one does. Keys are copied ahead, stage by stage.
+
+Every register is taken. What moves a tile between memories therefore goes through it a few rows at a time:
+their addresses differ by constants, which instructions hold, where those of a whole tile are numbers that a
+thread keeps through the loop, or spills.
 """
 
 from triton.experimental import gluon
@@ -22,6 +26,9 @@ from kimi_linear.ops.triton.tiles import SIZES
 SLICE = 64
 STAGES = 3
 
+SQUARE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""How a [64, 64] tile moves: 16 rows at a time, 16 bytes a thread."""
+
 
 def serves(key_dim: int, value_dim: int) -> bool:
     """Whether `scan_hopper_kernel` takes heads of these sizes."""
@@ -29,6 +36,28 @@ def serves(key_dim: int, value_dim: int) -> bool:
 
 
 place_sequence = gluon.jit(scan.place_sequence.fn)
+
+
+@gluon.jit
+def place_state(states, COLUMNS: gl.constexpr, K: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where 64 columns of a state [K, COLUMNS] are."""
+    at = gl.arange(0, K, gl.SliceLayout(1, LAYOUT))[:, None] * COLUMNS
+    return states + (at + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :])
+
+
+@gluon.jit
+def store_rows(output, slots, rows, ROW_STRIDE: gl.constexpr, ALL: gl.constexpr):
+    """The first `rows` of a chunk's outputs, or ALL, from shared memory to `output`."""
+    ROWS: gl.constexpr = 16
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, SQUARE))[:, None]
+    column = gl.arange(0, 64, gl.SliceLayout(0, SQUARE))[None, :]
+    at = row * ROW_STRIDE + column
+    for first in gl.static_range(0, 64, ROWS):
+        part = slots.slice(first, ROWS).load(SQUARE)
+        if ALL:
+            gl.store(output + first * ROW_STRIDE + at, part)
+        else:
+            gl.store(output + first * ROW_STRIDE + at, part, mask=(row < rows - first) & (at >= 0))
 
 
 @gluon.jit
@@ -57,20 +86,35 @@ def copy_chunk(
     """
     C: gl.constexpr = 64
     KEYS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [4, 1], [1, 0])
-    SQUARE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    at = gl.arange(0, C, gl.SliceLayout(1, KEYS))[:, None] * K
+    KEY_ROWS: gl.constexpr = 1024 // K
+    ROWS: gl.constexpr = 16
+    at = gl.arange(0, KEY_ROWS, gl.SliceLayout(1, KEYS))[:, None] * K
     at += gl.arange(0, K, gl.SliceLayout(0, KEYS))[None, :]
-    async_copy.async_copy_global_to_shared(key_stage, read_keys + at)
+    for first in gl.static_range(0, C, KEY_ROWS):
+        async_copy.async_copy_global_to_shared(key_stage.slice(first, KEY_ROWS), read_keys + first * K + at)
     if OUTPUT:
-        async_copy.async_copy_global_to_shared(query_stage, queries + at)
-    async_copy.async_copy_global_to_shared(write_stage, write_keys + at)
-    row = gl.arange(0, C, gl.SliceLayout(1, SQUARE))[:, None]
+        for first in gl.static_range(0, C, KEY_ROWS):
+            async_copy.async_copy_global_to_shared(
+                query_stage.slice(first, KEY_ROWS), queries + first * K + at
+            )
+    for first in gl.static_range(0, C, KEY_ROWS):
+        async_copy.async_copy_global_to_shared(
+            write_stage.slice(first, KEY_ROWS), write_keys + first * K + at
+        )
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, SQUARE))[:, None]
     column = gl.arange(0, C, gl.SliceLayout(0, SQUARE))[None, :]
     if OUTPUT:
-        async_copy.async_copy_global_to_shared(attention_stage, attention + row * C + column)
-    inside = (row < rows) & (column < C)
-    async_copy.async_copy_global_to_shared(value_stage, values + row * ROW_STRIDE + column, mask=inside)
+        for first in gl.static_range(0, C, ROWS):
+            async_copy.async_copy_global_to_shared(
+                attention_stage.slice(first, ROWS), attention + first * C + row * C + column
+            )
+    for first in gl.static_range(0, C, ROWS):
+        async_copy.async_copy_global_to_shared(
+            value_stage.slice(first, ROWS),
+            values + first * ROW_STRIDE + row * ROW_STRIDE + column,
+            mask=(row < rows - first) & (column < C),
+        )
     line = gl.arange(0, 256, LINE)
     async_copy.async_copy_global_to_shared(scale_stage, scales + line, mask=line < 3 * C)
     async_copy.async_copy_global_to_shared(decay_stage, decay + gl.arange(0, K, LINE))
@@ -86,6 +130,7 @@ def scan_hopper_kernel(
     attention,
     v,
     o,
+    initial_state,
     final_state,
     chunk_starts,
     cu_seqlens,
@@ -98,11 +143,11 @@ def scan_hopper_kernel(
     DEPTH: gl.constexpr,
     THROUGH: gl.constexpr = False,
 ):
-    """Arguments and results are `scan_forward_kernel`'s; V a multiple of 64, K 64 or 128. States start from
-    zero: with one that is loaded Triton 3.6 spills in the loop, and a chunk takes 3.6 us instead of 1.4.
+    """Arguments and results are `scan_forward_kernel`'s; V a multiple of 64, K 64 or 128.
 
-    Where THROUGH, K further columns of the state start as the identity and see values of zero: what the
-    sequence makes of any state. `final_state` [sequences, HV, K, V + K] has them behind the others.
+    Where THROUGH, and no state is given, K further columns of the state start as the identity and see values
+    of zero: what the sequence makes of any state. `final_state` [sequences, HV, K, V + K] has them behind the
+    others.
     """
     C: gl.constexpr = 64
     v_start = gl.program_id(0) * 64
@@ -146,15 +191,13 @@ def scan_hopper_kernel(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, RESULT, 2)
     STATE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     BY_TOKEN: gl.constexpr = gl.SliceLayout(0, RESULT)
-    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    stored_row = gl.arange(0, C, gl.SliceLayout(1, STORED))[:, None]
-    stored_offsets = stored_row * (HV * V) + gl.arange(0, 64, gl.SliceLayout(0, STORED))[None, :]
-
-    state_offsets = (gl.program_id(1).to(gl.int64) * K) * COLUMNS + v_start
     STATE_STORED: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    state_offsets += gl.arange(0, K, gl.SliceLayout(1, STATE_STORED))[:, None] * COLUMNS
-    state_offsets += gl.arange(0, 64, gl.SliceLayout(0, STATE_STORED))[None, :]
-    state = gl.zeros([64, K], gl.float32, STATE)
+    state_at = (gl.program_id(1).to(gl.int64) * K) * COLUMNS + v_start
+    if initial_state is not None:
+        given = gl.load(place_state(initial_state + state_at, COLUMNS, K, STATE_STORED))
+        state = gl.convert_layout(gl.permute(given, (1, 0)), STATE)
+    else:
+        state = gl.zeros([64, K], gl.float32, STATE)
     if THROUGH:
         own = v_start - V + gl.arange(0, 64, gl.SliceLayout(1, STATE))[:, None]
         state = gl.where(own == gl.arange(0, K, gl.SliceLayout(0, STATE))[None, :], 1.0, state)
@@ -208,8 +251,8 @@ def scan_hopper_kernel(
         barrier()
         if OUTPUT:  # noqa: SIM102 (decided when compiled, and `chunk` is not)
             if chunk > 0:
-                at = o + gl.cast(chunk - 1, gl.int64) * (C * HV * V) + stored_offsets
-                gl.store(at, output_slots.load(STORED))
+                done = gl.cast(chunk - 1, gl.int64) * C
+                store_rows(o + done * (HV * V), output_slots, C, HV * V, ALL=True)
         coming = chunk + (DEPTH - 1)
         if coming < chunks:
             far = gl.cast(coming, gl.int64) * HV
@@ -267,9 +310,10 @@ def scan_hopper_kernel(
     async_copy.wait_group(0)
     if OUTPUT:  # noqa: SIM102
         if chunks > 0:
-            at = o + gl.cast(chunks - 1, gl.int64) * (C * HV * V) + stored_offsets
-            inside = (stored_row < length - (chunks - 1) * C) & (stored_offsets >= 0)
-            gl.store(at, output_slots.load(STORED), mask=inside)
+            done = (chunks - 1) * C
+            at = o + gl.cast(done, gl.int64) * (HV * V)
+            store_rows(at, output_slots, length - done, HV * V, ALL=False)
 
     if final_state is not None:
-        gl.store(final_state + state_offsets, gl.convert_layout(gl.permute(state, (1, 0)), STATE_STORED))
+        place = place_state(final_state + state_at, COLUMNS, K, STATE_STORED)
+        gl.store(place, gl.convert_layout(gl.permute(state, (1, 0)), STATE_STORED))

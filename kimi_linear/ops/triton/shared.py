@@ -73,7 +73,7 @@ class ChunkSteps:
         if p.on_hopper(v.device) and serves(p.key_dim, p.value_dim):
             scan_hopper_kernel[(columns // SLICE, p.value_heads)](
                 prepared.read_keys, prepared.queries, prepared.write_keys, prepared.decay, prepared.scales,
-                prepared.attention, v, None, final, p.starts, p.cu_seqlens, p.tokens, p.scale,
+                prepared.attention, v, None, None, final, p.starts, p.cu_seqlens, p.tokens, p.scale,
                 HV=p.value_heads, K=p.key_dim, V=p.value_dim, VARLEN=True, DEPTH=STAGES, THROUGH=through,
                 **HOPPER_OPTIONS,
             )  # fmt: skip
