@@ -5,6 +5,7 @@ Imports that take seconds stay inside the commands, as in `rlscale.cli`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,7 +198,12 @@ def mismatch(
     preset: Preset = "tiny",
     overrides: Overrides = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder in the released format, instead of random weights.")
+        list[Path] | None,
+        typer.Option(help="Folder in the released format, instead of random weights; repeat."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Its held-out prompts, with answers of --length; default: random tokens."),
     ] = None,
     length: Annotated[list[int], typer.Option(min=1, help="Of completions, in tokens; repeat.")] = [64, 256],  # noqa: B006
     sequences: Annotated[int, typer.Option(min=1, help="Completions per length.")] = 8,
@@ -210,39 +216,51 @@ def mismatch(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to keep the table in.")
     ] = None,
 ) -> None:
-    """Print how far rollout and learner disagree on the tokens that the rollout drew, per architecture and
+    """Print how far rollout and learner disagree on the tokens that the rollout drew, per policy and
     length: |log-probability difference| and the KL divergence."""
     import torch
 
     from kimi_linear.config import LINEAR_ATTENTION
     from kimi_linear.model import KimiLinearForCausalLM
-    from rlscale.bench.mismatch import measure_mismatch, random_policy
-    from rlscale.config import RolloutConfig
+    from rlscale.bench.mismatch import Policy, measure_mismatch, random_policy, random_prompts, task_prompts
+    from rlscale.config import ModelConfig, RolloutConfig
+    from rlscale.models import tokenizer_for
 
     device, kind = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype.value)
-    policies: dict[Architecture, KimiLinearForCausalLM]
-    if checkpoint is None:
-        models = both_architectures(preset, overrides)
-        policies = {name: random_policy(shape, seed) for name, shape in models.items()}
-    else:
-        try:
-            policy = KimiLinearForCausalLM.from_pretrained(checkpoint)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--checkpoint {checkpoint}: {error}") from None
-        is_hybrid = LINEAR_ATTENTION in policy.config.layer_types
-        policies = {"hybrid" if is_hybrid else "mla": policy}
-    results = new_results(output, preset, overrides, dtype, {"temperature": temperature, "seed": seed})
+
+    def placed(name: dict[str, Any], model: KimiLinearForCausalLM, folder: Path | None) -> Policy:
+        if task is None:
+            prompts = {n: random_prompts(model.config, sequences, seed) for n in length}
+        else:
+            tokenizer = tokenizer_for(ModelConfig(checkpoint=folder))
+            prompts = {n: task_prompts(tokenizer, task, n, sequences, seed) for n in length}
+        return Policy(name, model.to(device, kind), prompts)
+
+    def policies() -> Iterator[Policy]:
+        for folder in checkpoint or []:
+            try:
+                policy = KimiLinearForCausalLM.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--checkpoint {folder}: {error}") from None
+            is_hybrid = LINEAR_ATTENTION in policy.config.layer_types
+            name = {"architecture": "hybrid" if is_hybrid else "mla", "checkpoint": folder.name}
+            yield placed(name, policy, folder)
+        if not checkpoint:
+            for architecture, shape in both_architectures(preset, overrides).items():
+                yield placed({"architecture": architecture}, random_policy(shape, seed), None)
+
+    how = {"temperature": temperature, "seed": seed, "task": task}
+    results = new_results(output, preset, overrides, dtype, how)
     config = RolloutConfig(
         engine=engine.value, cache_gib=cache_gib, max_num_seqs=sequences, temperature=temperature
     )
-    placed = {name: policy.to(device, kind) for name, policy in policies.items()}
-    for case in measure_mismatch(placed, length, sequences, config, seed):
+    for case in measure_mismatch(policies(), config, seed):
         results.add(case)
     columns = ("mean", "p99", "max", "kl", "entropy")
-    table = Table("architecture", "length", *columns, box=None, header_style="bold", pad_edge=False)
+    table = Table("policy", "length", *columns, box=None, header_style="bold", pad_edge=False)
     for case in results.cases:
         values = [f"{case[column]:.2e}" for column in columns]
-        table.add_row(case["architecture"], str(case["length"]), *values)
+        table.add_row(case.get("checkpoint", case["architecture"]), str(case["length"]), *values)
     Console().print(table)
 
 

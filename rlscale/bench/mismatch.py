@@ -3,60 +3,69 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from transformers import KimiLinearConfig
+from transformers import KimiLinearConfig, PreTrainedTokenizerBase
 
 from kimi_linear.checkpoint import named_released_tensors
 from kimi_linear.model import KimiLinearForCausalLM
 from rlscale.bench.results import release
-from rlscale.config import Architecture, RolloutConfig
+from rlscale.config import RolloutConfig
 from rlscale.learner.logprobs import token_logprobs
 from rlscale.learner.packing import pack
 from rlscale.rollout.actor import EngineSpec
 from rlscale.rollout.engine import RolloutEngine
+from rlscale.tasks import encode_prompt, make_task
 from rlscale.types import Completion, Rollout, Sampling
 
 PROMPT_TOKENS = 32
 LOGIT_SPREAD = 3.0
 
 
+class Policy(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        name: what to call it in its cases.
+        model: the learner's side, on its device; the engine gets its weights and dtype.
+        prompts: for each length of completions, in tokens, what they complete.
+    """
+
+    name: dict[str, Any]
+    model: KimiLinearForCausalLM
+    prompts: Mapping[int, Sequence[Sequence[int]]]
+
+
 def measure_mismatch(
-    models: dict[Architecture, KimiLinearForCausalLM],
-    lengths: Sequence[int],
-    sequences: int,
+    policies: Iterable[Policy],
     config: RolloutConfig,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """A case for each architecture and length: completions of exactly that length, scored by both sides.
+    """A case for each policy and length: completions of exactly that length, scored by both sides.
 
     Args:
-        models: the learner's side, on its device; the engine gets its weights and dtype.
-        lengths: of completions, in tokens.
-        sequences: completions per length, from random prompts.
+        policies: taken one after the other.
         config: of the engine, and the temperature.
-        seed: of prompts and sampling.
+        seed: of sampling.
 
     Yields:
-        What `compare_logprobs` says, with `architecture`, `length`, `sequences` and `dtype`.
+        What `compare_logprobs` says, with the policy's name, `length`, `sequences` and `dtype`.
     """
-    for architecture, model in models.items():
-        context = PROMPT_TOKENS + max(lengths)
-        shape = without_end(model.config)
-        engine = EngineSpec(shape, model.dtype, context, config).build()
+    for name, model, prompts in policies:
+        context = max(length + max(map(len, asked)) for length, asked in prompts.items())
+        engine = EngineSpec(without_end(model.config), model.dtype, context, config).build()
         try:
             engine.load_weights(named_released_tensors(model), 0)
-            for length in lengths:
-                prompts = random_prompts(model.config, sequences, seed)
-                completions = draw(engine, prompts, length, config.temperature, seed)
+            for length, asked in prompts.items():
+                completions = draw(engine, asked, length, config.temperature, seed)
                 yield {
-                    "architecture": architecture,
+                    **name,
                     "length": length,
-                    "sequences": sequences,
+                    "sequences": len(asked),
                     "dtype": str(model.dtype).removeprefix("torch."),
-                    **compare_logprobs(model, prompts, completions, config.temperature),
+                    **compare_logprobs(model, asked, completions, config.temperature),
                 }
         finally:
             engine.close()
@@ -86,6 +95,20 @@ def random_prompts(config: KimiLinearConfig, count: int, seed: int) -> list[list
     """Prompts of `PROMPT_TOKENS` tokens each."""
     generator = random.Random(seed)
     return [[generator.randrange(config.vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+
+
+def task_prompts(
+    tokenizer: PreTrainedTokenizerBase, task: str, length: int, count: int, seed: int
+) -> list[list[int]]:
+    """Prompts of held-out problems whose answers take `length` tokens.
+
+    Raises:
+        UserError: there is no such task, it has no answers of that length, or the tokenizer lacks its
+            characters.
+    """
+    made = make_task(task, length, {})
+    problems = (made.problem("validation", seed * count + i) for i in range(count))
+    return [encode_prompt(tokenizer, problem.prompt) for problem in problems]
 
 
 def draw(

@@ -11,13 +11,15 @@ import torch
 
 from kimi_linear.config import cache_size, preset
 from rlscale import cli
+from rlscale.bench.cli import both_architectures
 from rlscale.bench.learner import batch_rows, padded_batch, ragged_lengths, ragged_rollouts
-from rlscale.bench.mismatch import compare_logprobs, random_policy, random_prompts
+from rlscale.bench.mismatch import compare_logprobs, draw, random_policy, random_prompts
 from rlscale.bench.rollout import SEED, Workload, bench_rollout
 from rlscale.bench.sync import engine_places
 from rlscale.config import LearnerConfig, RolloutConfig
 from rlscale.errors import UserError
 from rlscale.rollout.vllm_engine import sampling_params
+from rlscale.tasks import build_tokenizer, encode_prompt, make_task
 from rlscale.types import Completion, Sampling
 
 SHAPE = preset("tiny", {"hidden_size": 64, "intermediate_size": 96})
@@ -145,6 +147,39 @@ def test_doctor_finds_rollout_and_learner_in_agreement(
     assert "p99" in printed
 
 
+def test_doctor_asks_checkpoints_for_what_a_task_asks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = []
+    for architecture, shape in both_architectures("tiny", ["hidden_size=64", "intermediate_size=96"]).items():
+        folders.append(tmp_path / f"{architecture}_policy")
+        random_policy(shape, seed=0).save_pretrained(folders[-1])
+    out = tmp_path / "mismatch.json"
+    arguments = ["--engine", "reference", "--length", "8", "--length", "16", "--sequences", "2"]
+    arguments += [part for folder in folders for part in ("--checkpoint", str(folder))]
+    asked: list[list[int]] = []
+
+    def noting(engine: Any, prompts: Any, *others: Any) -> Any:
+        asked.extend(prompts)
+        return draw(engine, prompts, *others)
+
+    monkeypatch.setattr("rlscale.bench.mismatch.draw", noting)
+    assert rlscale(monkeypatch, "doctor", "mismatch", *arguments, "--task", "countdown", "-o", str(out)) == 0
+    written = json.loads(out.read_text())
+    assert written["settings"]["task"] == "countdown"
+    assert [(case["architecture"], case["checkpoint"], case["length"]) for case in written["cases"]] == [
+        (name, f"{name}_policy", length) for name in ("hybrid", "mla") for length in (8, 16)
+    ]
+    assert all(0 < case["max"] < 1e-4 for case in written["cases"])
+    tokenizer = build_tokenizer()
+    expected = [
+        encode_prompt(tokenizer, make_task("countdown", length, {}).problem("validation", key).prompt)
+        for length in (8, 16)
+        for key in range(2)
+    ]
+    assert asked == 2 * expected
+
+
 @pytest.mark.parametrize("transport", ["shared_memory", "cuda_ipc"])
 def test_a_sync_bench_times_two_processes_whose_weights_agree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, transport: str
@@ -242,6 +277,7 @@ def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
         (["--set", "hidden_size"], "--set hidden_size must read KEY=VALUE"),
         (["--set", "hidden=3"], "no model setting hidden"),
         (["--checkpoint", "/nowhere"], "--checkpoint /nowhere"),
+        (["--task", "chess"], "chess"),
     ],
 )
 def test_bad_options_are_one_line_that_names_them(
