@@ -266,8 +266,11 @@ class Language(types.ModuleType):
 
     @staticmethod
     def inline_asm_elementwise(text: str, constraints: str, inputs: list[Tensor], **options: Any) -> Tensor:
-        """A shuffle: lane bits 2 to 4 are tokens of tiles [4, 16, 32], bits 0 and 1 those of [4, 16, 16]."""
+        """A move, or a shuffle: lane bits 2 to 4 are tokens of tiles [4, 16, 32], bits 0 and 1 those of
+        [4, 16, 16]."""
         (x,) = inputs
+        if text.startswith("mov"):
+            return x
         lane = int(text.split(",")[2])
         axis, distance = (1, lane // 4) if x.shape[2] == 32 else (2, 2 * lane)
         token = torch.arange(16) ^ distance
