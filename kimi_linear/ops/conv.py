@@ -55,6 +55,54 @@ def short_convolution(
     return ShortConvolution.apply(x.to(high), filters, cu_seqlens, initial_state).to(x.dtype)
 
 
+def convolve_cached(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    parts: int = 1,
+) -> torch.Tensor:
+    """`short_convolution` of sequences that go on: their last inputs lie in a cache, and are kept there.
+
+    Not differentiable. On a GPU nothing waits for the device.
+
+    Args:
+        x: [T, C], sequences packed. Rows may lie apart, as columns of a wider projection do.
+        weight: [C, W]; its last column multiplies the current token.
+        cu_seqlens: [N + 1] int, boundaries of the sequences, on x's device.
+        states: [slots, W - 1, C], the inputs before each sequence, oldest first. Slots may lie apart, what is
+            in one may not. Written: the last W - 1 inputs of each sequence.
+        slots: [N] int, where each sequence's are; no two share one.
+        parts: equal parts of the channels, each of which leaves contiguous.
+
+    Returns:
+        y [parts, T, C / parts] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape that does not fit the others.
+    """
+    sequences, channels, width = len(slots), x.shape[1], weight.shape[1]
+    if list(states.shape[1:]) != [width - 1, channels] or states[0].stride() != (channels, 1):
+        raise ValueError(
+            f"states must be [slots, W - 1, C] with [{width - 1}, {channels}] contiguous, got "
+            f"{list(states.shape)} with strides {list(states.stride())}"
+        )
+    if channels % parts:
+        raise ValueError(f"parts={parts} does not divide x's {channels} channels")
+    if check_cu_seqlens(cu_seqlens, 1, len(x), x.device) != sequences:
+        raise ValueError(f"cu_seqlens has {len(cu_seqlens) - 1} sequences and slots {sequences}")
+    if x.is_cuda and len(x) and width == KERNEL_WIDTH and x.stride(1) == 1 and x.dtype != torch.float64:
+        from kimi_linear.ops.triton.conv import convolve_cached as kernel
+
+        return kernel(x, weight.contiguous(), cu_seqlens.contiguous(), states, slots.contiguous(), parts)
+    rows = slots.long()
+    history = states.index_select(0, rows).to(x.dtype)
+    y = short_convolution(x, weight, cu_seqlens, history)
+    states[rows] = convolution_state(x, width, cu_seqlens, history).to(states.dtype)
+    return y.unflatten(1, (parts, -1)).transpose(0, 1).contiguous()
+
+
 class ShortConvolution(torch.autograd.Function):
     """`short_convolution` in PyTorch.
 

@@ -28,7 +28,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from kimi_linear.layers.norm import GatedRMSNorm
-from kimi_linear.ops import chunk_kda, convolution_state, kda_decode_step, short_convolution
+from kimi_linear.ops import chunk_kda, convolve_cached, kda_decode_step
 from kimi_linear.vllm_plugin.batch import BatchSplit, split_batch
 from kimi_linear.vllm_plugin.weights import (
     WIDTH_MULTIPLE,
@@ -295,16 +295,10 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
     ) -> torch.Tensor:
         """Several tokens of each of P sequences: as `attend`, with slots [P] and cu_seqlens [P + 1]."""
         conv_states, states = self.kv_cache
+        # q, k and v leave apart, as chunk_kda reads them.
+        convolved = convolve_cached(qkv, self.conv_weight, cu_seqlens, conv_states, slots, parts=3)
+        q, k, v = convolved.unflatten(-1, (self.heads, self.dim)).unsqueeze(1)
         slots = slots.long()
-        history = conv_states.index_select(0, slots)
-        inner = self.heads * self.dim
-        # One call each leaves q, k and v contiguous, as chunk_kda reads them.
-        q, k, v = (
-            short_convolution(part, weight, cu_seqlens, earlier).view(1, -1, self.heads, self.dim)
-            for part, weight, earlier in zip(
-                qkv.split(inner, -1), self.conv_weight.split(inner), history.split(inner, -1), strict=True
-            )
-        )
         o, final = chunk_kda(
             q, k, v, f.unsqueeze(0), beta.unsqueeze(0),
             initial_state=states.index_select(0, slots).float(), output_final_state=True,
@@ -312,7 +306,5 @@ class KimiDeltaAttention(nn.Module, MambaBase, WeightParts):
             A_log=self.A_log, dt_bias=self.dt_bias, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         assert final is not None
-        width = self.conv_weight.shape[1]
-        conv_states[slots] = convolution_state(qkv, width, cu_seqlens, history).to(conv_states.dtype)
         states[slots] = final.to(states.dtype)
         return self.o_norm(o.squeeze(0), gate)

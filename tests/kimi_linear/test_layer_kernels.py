@@ -14,7 +14,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kimi_linear.ops import gated_rms_norm, kda_decode_step, rms_norm, short_convolution, swiglu
+from kimi_linear.ops import (
+    convolve_cached,
+    gated_rms_norm,
+    kda_decode_step,
+    rms_norm,
+    short_convolution,
+    swiglu,
+)
 
 if os.environ.get("TRITON_INTERPRET") != "1":
 
@@ -94,6 +101,23 @@ else:
     @pytest.mark.parametrize("with_state", [False, True])
     def test_convolution_of_many_strips_has_pytorchs_results_and_gradients(with_state: bool) -> None:
         check_convolution([1, 0, 2, 9, 3], 19, with_state)
+
+    @pytest.mark.usefixtures("_short_strips")
+    @pytest.mark.parametrize(("parts", "size"), [(1, 19), (3, 16), (2, 21)])
+    def test_convolution_from_a_cache_leaves_it_as_pytorch_does(parts: int, size: int) -> None:
+        lengths, channels = [1, 2, 21, 3, 14], parts * size
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        x, weight = torch.randn(sum(lengths), channels + 3)[:, 3:], torch.randn(channels, 4)
+        pages = torch.randn(11, 5 * channels)  # of which a state has a part
+        slots = torch.randperm(11)[: len(lengths)].int()
+        expected_pages = pages.clone()
+        states, expected_states = (
+            p[:, channels : 4 * channels].unflatten(1, (3, channels)) for p in (pages, expected_pages)
+        )
+        expected = convolve_cached(x, weight, cu_seqlens, expected_states, slots, parts)
+        y = conv.convolve_cached(x, weight, cu_seqlens, states, slots, parts)
+        torch.testing.assert_close(y, expected)
+        assert torch.equal(pages, expected_pages)
 
     def test_convolution_takes_its_own_strip_sizes() -> None:
         check_convolution([62], 5, False)

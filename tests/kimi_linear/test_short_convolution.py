@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kimi_linear.config import preset
 from kimi_linear.layers import KimiDeltaAttention, PackedSequences
-from kimi_linear.ops import convolution_state, convolution_step, short_convolution
+from kimi_linear.ops import convolution_state, convolution_step, convolve_cached, short_convolution
 
 
 def expected_outputs(
@@ -45,6 +45,46 @@ def test_packed_convolution_equals_each_sequence_alone(
     given_state = state if with_state else None
     torch.testing.assert_close(short_convolution(x, weight, cu_seqlens, given_state), expected)
     torch.testing.assert_close(convolution_state(x, width, cu_seqlens, given_state), expected_state)
+
+
+def test_a_cache_keeps_what_sequences_go_on_from() -> None:
+    lengths, cut = [7, 1, 5], torch.tensor([3, 0, 5])
+    x, weight = torch.randn(sum(lengths), 6), torch.randn(6, 4)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    whole = short_convolution(x, weight, cu_seqlens)
+    states, slots = torch.zeros(9, 3, 6), torch.tensor([4, 8, 1], dtype=torch.int32)
+    places = torch.arange(len(x))
+    sequence = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    early = places - cu_seqlens[:-1][sequence] < cut[sequence]
+    for chosen, counts in ((early, cut), (~early, torch.tensor(lengths) - cut)):
+        bounds = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0)))
+        y = convolve_cached(x[chosen], weight, bounds, states, slots, parts=2)
+        assert y.shape == (2, int(chosen.sum()), 3)
+        assert y.is_contiguous()
+        torch.testing.assert_close(torch.cat(y.unbind(), -1), whole[chosen])
+    assert torch.equal(states[slots.long()], convolution_state(x, 4, cu_seqlens))
+    assert not states[[0, 2, 3, 5, 6, 7]].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": 4}, "parts=4 does not divide x's 6 channels"),
+        ({"states": torch.zeros(9, 2, 6)}, r"states must be \[slots, W - 1, C\] with \[3, 6\] contiguous"),
+        ({"states": torch.zeros(9, 6, 3).transpose(1, 2)}, "contiguous"),
+        ({"slots": torch.tensor([1])}, "cu_seqlens has 2 sequences and slots 1"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(changes: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "x": torch.randn(9, 6),
+        "weight": torch.randn(6, 4),
+        "cu_seqlens": torch.tensor([0, 4, 9]),
+        "states": torch.zeros(9, 3, 6),
+        "slots": torch.tensor([1, 2]),
+    }
+    with pytest.raises(ValueError, match=message):
+        convolve_cached(**{**arguments, **changes})  # type: ignore[arg-type]
 
 
 def test_steps_equal_the_convolution_of_the_whole() -> None:

@@ -76,6 +76,16 @@ def load_places(places, first, end, COUNT: tl.constexpr):
 
 
 @triton.jit
+def within_sequence(places, first, end, COUNT: tl.constexpr):
+    """Whether tokens `first` to first + COUNT, as far as there are any, and the 3 before them are of one
+    sequence: of nearly all that is so, and what else may be need not be asked of each."""
+    position = tl.load(places + first, mask=first < end, other=0)
+    sequence = tl.load(places + end + first, mask=first < end, other=0)
+    last = tl.load(places + end + tl.minimum(first + COUNT, end) - 1)
+    return (position >= 3) & (sequence == last)
+
+
+@triton.jit
 def load_taps(weight, channels, mask):
     """The filters of some channels, oldest tap first, in float32."""
     taps = ()
@@ -85,11 +95,16 @@ def load_taps(weight, channels, mask):
 
 
 @triton.jit
-def earlier_input(back: tl.constexpr, x, position, sequence, history, C, channels, mask):
+def earlier_input(
+    back: tl.constexpr, x, position, sequence, history, slots, history_stride, C, channels, mask
+):
     """The input `back` tokens earlier: x where the sequence has that token, else what its history has."""
     y = tl.where(position >= back, x, 0.0)
     if history is not None:
-        at = (sequence.to(tl.int64) * 3 + position + 3 - back) * C + channels
+        slot = sequence
+        if slots is not None:
+            slot = tl.load(slots + sequence)
+        at = slot.to(tl.int64) * history_stride + (position + 3 - back) * C + channels
         y += tl.load(history + at, mask=mask & (position < back), other=0.0).to(tl.float32)
     return y
 
@@ -100,34 +115,72 @@ def forward_kernel(
     weight,
     places,
     history,
+    slots,
     y,
     tokens,
     stride,
+    history_stride,
     C,
+    D,
     BT: tl.constexpr,
     GROUP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One program a strip of BT tokens and BC channels."""
+    """One program a strip of BT tokens and BC of the D channels of a part, which y [C / D, tokens, D] keeps
+    apart. With `slots`, sequence n's history is row slots[n] of `history`, else row n."""
     first = tl.program_id(0) * BT
-    channels = tl.program_id(1) * BC + tl.arange(0, BC)
-    mask = channels < C
+    blocks = tl.cdiv(D, BC)
+    part = tl.program_id(1) // blocks
+    own = (tl.program_id(1) % blocks) * BC + tl.arange(0, BC)
+    mask = own < D
+    channels = part * D + own
+    y += part.to(tl.int64) * tokens * D + own
     taps = load_taps(weight, channels, mask)
     halo = load_rows(x, first - 3, 0, tokens, stride, channels, mask, 3)
     x_3, x_2, x_1 = halo[0].to(tl.float32), halo[1].to(tl.float32), halo[2].to(tl.float32)
     for step in range(0, BT, GROUP):
         start = first + step
         rows = load_rows(x, start, 0, tokens, stride, channels, mask, GROUP)
-        positions, sequences = load_places(places, start, tokens, GROUP)
-        for i in tl.static_range(0, GROUP):
-            x_0 = rows[i].to(tl.float32)
-            a = taps[3] * x_0
-            a += taps[2] * earlier_input(1, x_1, positions[i], sequences[i], history, C, channels, mask)
-            a += taps[1] * earlier_input(2, x_2, positions[i], sequences[i], history, C, channels, mask)
-            a += taps[0] * earlier_input(3, x_3, positions[i], sequences[i], history, C, channels, mask)
-            at = y + (start + i).to(tl.int64) * C + channels
-            tl.store(at, silu(a).to(y.dtype.element_ty), mask=mask & (start + i < tokens))
-            x_3, x_2, x_1 = x_2, x_1, x_0
+        if within_sequence(places, start, tokens, GROUP):
+            for i in tl.static_range(0, GROUP):
+                x_0 = rows[i].to(tl.float32)
+                a = taps[3] * x_0 + taps[2] * x_1 + taps[1] * x_2 + taps[0] * x_3
+                at = y + (start + i).to(tl.int64) * D
+                tl.store(at, silu(a).to(y.dtype.element_ty), mask=mask & (start + i < tokens))
+                x_3, x_2, x_1 = x_2, x_1, x_0
+        else:
+            positions, sequences = load_places(places, start, tokens, GROUP)
+            for i in tl.static_range(0, GROUP):
+                x_0 = rows[i].to(tl.float32)
+                a = taps[3] * x_0
+                a += taps[2] * earlier_input(
+                    1, x_1, positions[i], sequences[i], history, slots, history_stride, C, channels, mask
+                )
+                a += taps[1] * earlier_input(
+                    2, x_2, positions[i], sequences[i], history, slots, history_stride, C, channels, mask
+                )
+                a += taps[0] * earlier_input(
+                    3, x_3, positions[i], sequences[i], history, slots, history_stride, C, channels, mask
+                )
+                at = y + (start + i).to(tl.int64) * D
+                tl.store(at, silu(a).to(y.dtype.element_ty), mask=mask & (start + i < tokens))
+                x_3, x_2, x_1 = x_2, x_1, x_0
+
+
+@triton.jit
+def keep_inputs_kernel(x, cu_seqlens, states, slots, stride, state_stride, C, BC: tl.constexpr):
+    """One program a sequence and BC channels: its last 3 inputs take the place of the 3 before it."""
+    sequence = tl.program_id(0)
+    channels = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = channels < C
+    begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+    end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+    states += tl.load(slots + sequence).to(tl.int64) * state_stride
+    inputs = load_rows(x, end - 3, begin, end, stride, channels, mask, 3)
+    kept = load_rows(states, end - begin, 0, 3, C, channels, mask, 3)
+    for i in tl.static_range(0, 3):
+        row = tl.where(end - 3 + i >= begin, inputs[i].to(tl.float32), kept[i].to(tl.float32))
+        tl.store(states + i * C + channels, row.to(states.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -177,9 +230,9 @@ def backward_kernel(
         for i in tl.static_range(0, GROUP):
             position = positions[i]
             x_0 = rows[i].to(tl.float32)
-            seen_1 = earlier_input(1, x_1, position, sequences[i], history, C, channels, mask)
-            seen_2 = earlier_input(2, x_2, position, sequences[i], history, C, channels, mask)
-            seen_3 = earlier_input(3, x_3, position, sequences[i], history, C, channels, mask)
+            seen_1 = earlier_input(1, x_1, position, sequences[i], history, None, 3 * C, C, channels, mask)
+            seen_2 = earlier_input(2, x_2, position, sequences[i], history, None, 3 * C, C, channels, mask)
+            seen_3 = earlier_input(3, x_3, position, sequences[i], history, None, 3 * C, C, channels, mask)
             a = taps[3] * x_0 + taps[2] * seen_1 + taps[1] * seen_2 + taps[0] * seen_3
             da = grads[i].to(tl.float32) * silu_gradient(a)
             dx_3 += tl.where(position >= 3, taps[0] * da, 0.0)
@@ -255,7 +308,10 @@ class ShortConvolution(torch.autograd.Function):
         places = token_places(cu_seqlens, tokens)
         options = FORWARD_OPTIONS
         grid = (triton.cdiv(tokens, options["BT"]), triton.cdiv(channels, options["BC"]))
-        forward_kernel[grid](x, weight, places, history, y, tokens, x.stride(0), channels, **options)
+        forward_kernel[grid](
+            x, weight, places, history, None, y, tokens, x.stride(0), 3 * channels, channels, channels,
+            **options,
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, cu_seqlens, history, places)
         return y
 
@@ -291,3 +347,28 @@ def short_convolution(
     x = x if x.stride(1) == 1 else x.contiguous()
     history = None if initial_state is None else initial_state.contiguous()
     return ShortConvolution.apply(x, weight.contiguous(), cu_seqlens.contiguous(), history)
+
+
+def convolve_cached(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    parts: int,
+) -> torch.Tensor:
+    """`kimi_linear.ops.convolve_cached` for W = 4, at least one token and at most float32."""
+    tokens, channels = x.shape
+    size = channels // parts
+    y = torch.empty(parts, tokens, size, dtype=x.dtype, device=x.device)
+    options = FORWARD_OPTIONS
+    grid = (triton.cdiv(tokens, options["BT"]), parts * triton.cdiv(size, options["BC"]))
+    forward_kernel[grid](
+        x, weight, token_places(cu_seqlens, tokens), states, slots, y, tokens, x.stride(0), states.stride(0),
+        channels, size, **options,
+    )  # fmt: skip
+    block = options["BC"]
+    keep_inputs_kernel[(len(slots), triton.cdiv(channels, block))](
+        x, cu_seqlens, states, slots, x.stride(0), states.stride(0), channels, BC=block, num_warps=1
+    )
+    return y
