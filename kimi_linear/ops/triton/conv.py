@@ -16,7 +16,7 @@ WIDTH = 4
 
 # Tokens of a strip and of a group, channels and warps of a program: fixed by measurement
 # (benchmarks/NOTES.md).
-FORWARD_OPTIONS = {"BT": 32, "GROUP": 8, "BC": 128, "num_warps": 1}
+FORWARD_OPTIONS = {"BT": 64, "GROUP": 8, "BC": 128, "num_warps": 1, "maxnreg": 96}
 BACKWARD_OPTIONS = {"BT": 64, "GROUP": 4, "BC": 128, "num_warps": 1}
 
 
