@@ -184,6 +184,7 @@ def test_a_run_whose_learner_dies_that_is_killed_stopped_and_interrupted_ends_li
     assert first.ends()[0] == -signal.SIGKILL
 
     second = start("broken", "--resume")
+    second.says("broken: training")  # the first may have left metrics of step 10
     second.reaches(10)
     second.interrupt()
     code, said = second.ends()
