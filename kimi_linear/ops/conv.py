@@ -83,7 +83,7 @@ def convolve_cached(
         ValueError: a shape that does not fit the others.
     """
     sequences, channels, width = len(slots), x.shape[1], weight.shape[1]
-    if list(states.shape[1:]) != [width - 1, channels] or states[0].stride() != (channels, 1):
+    if list(states.shape[1:]) != [width - 1, channels] or states.stride()[1:] != (channels, 1):
         raise ValueError(
             f"states must be [slots, W - 1, C] with [{width - 1}, {channels}] contiguous, got "
             f"{list(states.shape)} with strides {list(states.stride())}"

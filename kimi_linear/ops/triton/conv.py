@@ -95,16 +95,11 @@ def load_taps(weight, channels, mask):
 
 
 @triton.jit
-def earlier_input(
-    back: tl.constexpr, x, position, sequence, history, slots, history_stride, C, channels, mask
-):
+def earlier_input(back: tl.constexpr, x, position, history, C, channels, mask):
     """The input `back` tokens earlier: x where the sequence has that token, else what its history has."""
     y = tl.where(position >= back, x, 0.0)
     if history is not None:
-        slot = sequence
-        if slots is not None:
-            slot = tl.load(slots + sequence)
-        at = slot.to(tl.int64) * history_stride + (position + 3 - back) * C + channels
+        at = (position + 3 - back) * C + channels
         y += tl.load(history + at, mask=mask & (position < back), other=0.0).to(tl.float32)
     return y
 
@@ -151,17 +146,17 @@ def forward_kernel(
         else:
             positions, sequences = load_places(places, start, tokens, GROUP)
             for i in tl.static_range(0, GROUP):
+                before = history
+                if history is not None:
+                    slot = sequences[i]
+                    if slots is not None:
+                        slot = tl.load(slots + slot)
+                    before += slot.to(tl.int64) * history_stride
                 x_0 = rows[i].to(tl.float32)
                 a = taps[3] * x_0
-                a += taps[2] * earlier_input(
-                    1, x_1, positions[i], sequences[i], history, slots, history_stride, C, channels, mask
-                )
-                a += taps[1] * earlier_input(
-                    2, x_2, positions[i], sequences[i], history, slots, history_stride, C, channels, mask
-                )
-                a += taps[0] * earlier_input(
-                    3, x_3, positions[i], sequences[i], history, slots, history_stride, C, channels, mask
-                )
+                a += taps[2] * earlier_input(1, x_1, positions[i], before, C, channels, mask)
+                a += taps[1] * earlier_input(2, x_2, positions[i], before, C, channels, mask)
+                a += taps[0] * earlier_input(3, x_3, positions[i], before, C, channels, mask)
                 at = y + (start + i).to(tl.int64) * D
                 tl.store(at, silu(a).to(y.dtype.element_ty), mask=mask & (start + i < tokens))
                 x_3, x_2, x_1 = x_2, x_1, x_0
@@ -230,9 +225,12 @@ def backward_kernel(
         for i in tl.static_range(0, GROUP):
             position = positions[i]
             x_0 = rows[i].to(tl.float32)
-            seen_1 = earlier_input(1, x_1, position, sequences[i], history, None, 3 * C, C, channels, mask)
-            seen_2 = earlier_input(2, x_2, position, sequences[i], history, None, 3 * C, C, channels, mask)
-            seen_3 = earlier_input(3, x_3, position, sequences[i], history, None, 3 * C, C, channels, mask)
+            before = history
+            if history is not None:
+                before += sequences[i].to(tl.int64) * (3 * C)
+            seen_1 = earlier_input(1, x_1, position, before, C, channels, mask)
+            seen_2 = earlier_input(2, x_2, position, before, C, channels, mask)
+            seen_3 = earlier_input(3, x_3, position, before, C, channels, mask)
             a = taps[3] * x_0 + taps[2] * seen_1 + taps[1] * seen_2 + taps[0] * seen_3
             da = grads[i].to(tl.float32) * silu_gradient(a)
             dx_3 += tl.where(position >= 3, taps[0] * da, 0.0)
