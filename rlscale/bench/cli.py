@@ -5,10 +5,10 @@ Imports that take seconds stay inside the commands, as in `rlscale.cli`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from rlscale.bench.results import Results
     from rlscale.config import Architecture
+
+Read = TypeVar("Read")
 
 bench = typer.Typer(no_args_is_help=True, help="Measure rollout, weight sync or learner apart from a run.")
 doctor = typer.Typer(no_args_is_help=True, help="Check that parts which must agree do.")
@@ -220,6 +222,7 @@ def mismatch(
     length: |log-probability difference| and the KL divergence."""
     import torch
 
+    from kimi_linear.checkpoint import read_config
     from kimi_linear.config import LINEAR_ATTENTION
     from kimi_linear.model import KimiLinearForCausalLM
     from rlscale.bench.mismatch import Policy, measure_mismatch, random_policy, random_prompts, task_prompts
@@ -236,21 +239,26 @@ def mismatch(
             prompts = {n: task_prompts(tokenizer, task, n, sequences, seed) for n in length}
         return Policy(name, model.to(device, kind), prompts)
 
+    def read(folder: Path, how: Callable[[Path], Read]) -> Read:
+        try:
+            return how(folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--checkpoint {folder}: {error}") from None
+
+    # All of them, before the first one's completions are drawn.
+    shapes = {folder: read(folder, read_config) for folder in checkpoint or []}
+
     def policies() -> Iterator[Policy]:
-        for folder in checkpoint or []:
-            try:
-                policy = KimiLinearForCausalLM.from_pretrained(folder)
-            except (OSError, ValueError) as error:
-                raise UserError(f"--checkpoint {folder}: {error}") from None
-            is_hybrid = LINEAR_ATTENTION in policy.config.layer_types
-            name = {"architecture": "hybrid" if is_hybrid else "mla", "checkpoint": folder.name}
-            yield placed(name, policy, folder)
-        if not checkpoint:
+        for folder, shape in shapes.items():
+            architecture = "hybrid" if LINEAR_ATTENTION in shape.layer_types else "mla"
+            name = {"architecture": architecture, "checkpoint": folder.name}
+            yield placed(name, read(folder, KimiLinearForCausalLM.from_pretrained), folder)
+        if not shapes:
             for architecture, shape in both_architectures(preset, overrides).items():
                 yield placed({"architecture": architecture}, random_policy(shape, seed), None)
 
     how = {"temperature": temperature, "seed": seed, "task": task}
-    results = new_results(output, preset, overrides, dtype, how)
+    results = new_results(output, None if shapes else preset, overrides, dtype, how)
     config = RolloutConfig(
         engine=engine.value, cache_gib=cache_gib, max_num_seqs=sequences, temperature=temperature
     )
@@ -283,9 +291,13 @@ def both_architectures(preset: str, overrides: list[str] | None) -> dict[Archite
 
 
 def new_results(
-    output: Path | None, preset: str, overrides: list[str] | None, dtype: Precision, more: dict[str, Any]
+    output: Path | None,
+    preset: str | None,
+    overrides: list[str] | None,
+    dtype: Precision,
+    more: dict[str, Any],
 ) -> Results:
-    """An empty file of results that remembers the settings it comes from."""
+    """An empty file of results that remembers the settings it comes from; no preset where checkpoints are."""
     from rlscale.bench.results import Results
 
     return Results(output, {"preset": preset, "overrides": overrides or [], "dtype": dtype.value, **more})

@@ -166,7 +166,7 @@ def test_doctor_asks_checkpoints_for_what_a_task_asks(
     monkeypatch.setattr("rlscale.bench.mismatch.draw", noting)
     assert rlscale(monkeypatch, "doctor", "mismatch", *arguments, "--task", "countdown", "-o", str(out)) == 0
     written = json.loads(out.read_text())
-    assert written["settings"]["task"] == "countdown"
+    assert (written["settings"]["task"], written["settings"]["preset"]) == ("countdown", None)
     assert [(case["architecture"], case["checkpoint"], case["length"]) for case in written["cases"]] == [
         (name, f"{name}_policy", length) for name in ("hybrid", "mla") for length in (8, 16)
     ]
@@ -178,6 +178,9 @@ def test_doctor_asks_checkpoints_for_what_a_task_asks(
         for key in range(2)
     ]
     assert asked == 2 * expected
+    asked.clear()
+    assert rlscale(monkeypatch, "doctor", "mismatch", *arguments, "--checkpoint", "/nowhere") == 2
+    assert not asked, "policies were measured before a wrong folder was named"
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "cuda_ipc"])
