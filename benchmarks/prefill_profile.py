@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlscale.bench.cli import both_architectures
 from rlscale.bench.results import Results, release
-from rlscale.bench.rollout import EngineBench
+from rlscale.bench.rollout import EngineBench, make_room
 from rlscale.errors import UserError
 from rlscale.rollout.vllm_engine import start_engine
 
@@ -29,7 +29,7 @@ SHAPE = [
     "bos_token_id=1",
     "eos_token_id=2",
 ]
-ROOM = 256  # tokens that the bench may draw behind a prompt
+STEPS = 1  # that the bench may draw behind a prompt
 NAME = 90  # characters of a kernel's name
 
 
@@ -71,17 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache-gib", type=float, default=8.0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/prefill_profile.json"))
     chosen = parser.parse_args(arguments)
+    if chosen.tokens < 1:
+        raise UserError(f"--tokens {chosen.tokens}: a prompt has 1 or more")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     models = both_architectures(chosen.preset, chosen.set)
     settings = {"preset": chosen.preset, "overrides": chosen.set, "tokens": chosen.tokens}
     results = Results(chosen.output, settings)
     for architecture in chosen.architectures:
         model = models[architecture]
-        room = chosen.tokens + ROOM
-        model.model_max_length = model.max_position_embeddings = max(model.max_position_embeddings, room)
+        room = make_room(model, chosen.tokens, STEPS)
         engine = start_engine(model, dtype, room, 1, chosen.cache_gib, planted_contexts=True)
         try:
-            bench = EngineBench(engine, steps=1)
+            bench = EngineBench(engine, STEPS)
             seconds = bench.prefill(chosen.tokens)["prefill_s"]
             case = {"architecture": architecture, "prefill_s": seconds, **profiled(bench, chosen.tokens)}
         finally:

@@ -25,11 +25,10 @@ from transformers import KimiLinearConfig
 from rlscale.bench.cli import both_architectures
 from rlscale.bench.processes import answer, questions, start
 from rlscale.bench.results import Results
-from rlscale.bench.rollout import SEED, TEMPERATURE, EngineBench, Workload, most_sequences
+from rlscale.bench.rollout import SEED, TEMPERATURE, EngineBench, Workload, make_room, most_sequences
 from rlscale.rollout.vllm_engine import engine_peak_bytes, start_engine
 
 STEPS = 64
-ROOM = 256  # tokens that the cases add to a context
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--ranks {chosen.ranks} needs as many GPUs, there are {gpus}")
     model = both_architectures(chosen.preset, chosen.overrides)[chosen.architecture]
     dtype = getattr(torch, chosen.dtype)
-    room = max(chosen.context + chosen.prefill) + chosen.steps + ROOM
-    model.model_max_length = model.max_position_embeddings = max(model.max_position_embeddings, room)
+    room = make_room(model, max(chosen.context + chosen.prefill), chosen.steps)
     settings = {key: value for key, value in vars(chosen).items() if key != "output"}
     results = Results(chosen.output, settings | {"temperature": TEMPERATURE, "seed": SEED})
 

@@ -68,10 +68,8 @@ def bench_rollout(
         UserError: the engine cannot start.
     """
     longest = max([workload.context for workload in workloads] + list(prefills))
-    room = longest + steps + 4 * _WARM_STEPS
     for architecture, model in models.items():
-        model.model_max_length = max(model.max_position_embeddings, room)
-        model.max_position_embeddings = model.model_max_length
+        room = make_room(model, longest, steps)
         most = max(
             most_sequences(model, workload, dtype, cache_gib, tensor_parallel_size) for workload in workloads
         )
@@ -108,6 +106,22 @@ def bench_rollout(
             release()
 
 
+def make_room(model: KimiLinearConfig, tokens: int, steps: int) -> int:
+    """Lengthens a model, if need be, so that an `EngineBench` of `steps` steps may draw behind `tokens`.
+
+    Returns:
+        The longest context that its engine needs, in tokens.
+    """
+    room = _behind(tokens, steps)
+    model.model_max_length = model.max_position_embeddings = max(model.max_position_embeddings, room)
+    return room
+
+
+def _behind(context: int, steps: int) -> int:
+    """Tokens of a context and of all that may be drawn behind it."""
+    return context + steps + 4 * _WARM_STEPS
+
+
 def most_sequences(
     model: KimiLinearConfig, workload: Workload, dtype: torch.dtype, cache_gib: float, ranks: int
 ) -> int:
@@ -134,7 +148,7 @@ class EngineBench:
 
     def decode(self, workload: Workload) -> dict[str, Any]:
         """Time per step while all sequences of the workload decode."""
-        tokens = workload.context + self._steps + 4 * _WARM_STEPS
+        tokens = _behind(workload.context, self._steps)
         fit = min(self._pool.sequences(tokens), self._scheduler.max_num_running_reqs)
         sequences = fit if workload.sequences is None else workload.sequences
         case: dict[str, Any] = {
