@@ -273,8 +273,8 @@ def _cost_table(plans: Sequence[Plan]) -> Table:
     caption = "measured: fitted to " + ", ".join(sources) if sources else "roofline: from a data sheet"
     if plans[0].costs["decode step"].origin == MEASURED and not any(Path(s).is_dir() for s in sources):
         caption += (
-            "\nengines of runs take longer than bench results say (2 to 2.5 times on an H200 by the figures "
-            "of before plain steps went the short way): name a run"
+            "\nengines of runs take other times than bench results say (2 to 2.5 times as long on an H200, "
+            "before either scheduled plain steps itself): name a run"
         )
     table.caption = caption
     table.caption_justify = "left"
